@@ -1,0 +1,1 @@
+"""From rows in a file to tensors: conversation -> formats -> templates -> tokenize -> packing -> collate."""

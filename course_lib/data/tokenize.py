@@ -1,0 +1,90 @@
+"""Text to token ids and labels, in training and in chat by the same two functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from course_lib.data.conversation import Conversation, Message
+from course_lib.data.templates import ChatTemplate, Rendered, render, render_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100  # the label of a token the loss does not see; PyTorch's default ignore_index
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised conversation.
+
+    `input_ids` and `labels` have the same length; a label is the token's own id where it is trained and -100
+    elsewhere. The shift by one happens in the loss.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the loss sees. The first token of a row is never predicted, so it does not count."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+def encode_conversation(row: Conversation, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """Tokenise a conversation and label the assistant's words and the tokens that end its turns.
+
+    Assistant turns with `train: False` are context only.
+
+    Raises:
+        RowError: the template cannot render the conversation.
+    """
+    messages = row["messages"]
+    rendered = render(messages, template, tokenizer)
+    wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+    input_ids, answer_of = _encode(rendered, tokenizer)
+    labels = [
+        token if answer is not None and wanted[answer] else IGNORE_INDEX for token, answer in zip(input_ids, answer_of, strict=True)
+    ]
+    return Example(input_ids=input_ids, labels=labels)
+
+
+def encode_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids the model is fed before its next answer: a prefix of what training saw for the same turns."""
+    return _encode(render_prompt(messages, template, tokenizer), tokenizer)[0]
+
+
+def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
+    """Return token ids and, for each, the number of the answer it belongs to (None for all other text).
+
+    The template writes every special token itself, hence `add_special_tokens=False`: no second BOS.
+    """
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    answer_of: list[int | None] = []
+    spans = iter(enumerate(rendered.answers))
+    number, (start, end) = next(spans, (None, (len(rendered.text) + 1, len(rendered.text) + 1)))
+    for token_start, token_end in encoded["offset_mapping"]:
+        while token_start >= end:
+            number, (start, end) = next(spans, (None, (len(rendered.text) + 1, len(rendered.text) + 1)))
+        if token_end > start > token_start or token_start >= start and token_end > end:
+            return _encode_in_pieces(rendered, tokenizer)  # one token holds both prompt and answer
+        answer_of.append(number if token_start >= start else None)
+    return list(encoded["input_ids"]), answer_of
+
+
+def _encode_in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
+    """Tokenise prompts and answers apart, as inference does, so that no token straddles the edge.
+
+    Needed where an answer begins with white space: "\\n" of the header and "\\n" of the answer are one token.
+    """
+    input_ids: list[int] = []
+    answer_of: list[int | None] = []
+    position = 0
+    for number, (start, end) in [*enumerate(rendered.answers), (None, (len(rendered.text), len(rendered.text)))]:
+        for text, answer in ((rendered.text[position:start], None), (rendered.text[start:end], number)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            input_ids += ids
+            answer_of += [answer] * len(ids)
+        position = end
+    return input_ids, answer_of

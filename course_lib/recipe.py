@@ -1,0 +1,258 @@
+"""The recipe: the one object a run is made from. YAML in and out, every key checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from course_lib.errors import InputError, did_you_mean
+from course_lib.files import file_to_write, read_text, write_text
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values are checked when set."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelSettings(Section):
+    """The base model and how its weights are held."""
+
+    name: str
+    dtype: Dtype = "auto"  # int8 and nf4 quantise the frozen base (LoRA only)
+    double_quant: bool = True  # nf4: quantise the quantisation constants too, 0.37 bit a weight less
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # what int8 and nf4 weights are multiplied in
+    template: str = "auto"  # a chat template's name; auto takes the tokenizer's own
+
+
+class LoraSettings(Section):
+    """Low-rank adapters (Hu et al. 2021): W + alpha / r * B A."""
+
+    r: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"  # or names of linear layers, such as [q_proj, v_proj]
+
+
+class IdentitySettings(Section):
+    """The generated data set of a personal assistant (data/identity.py)."""
+
+    name: str
+    base: str
+    languages: list[str] = ["en", "zh"]
+    n: Positive = 64
+    dilute: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class DataSettings(Section):
+    """Where rows come from and how they are cut into training rows."""
+
+    path: str | None = None  # a file, sample:FILE, or hf://datasets/OWNER/NAME/FILE
+    format: str = "auto"
+    identity: IdentitySettings | None = None  # instead of a path
+    max_rows: Positive | None = None
+    on_bad_row: Literal["error", "drop"] = "error"
+    held_out: Annotated[int, Field(ge=0)] = 0  # rows kept for the held-out loss
+    max_length: Annotated[int, Field(ge=8)] = 512  # tokens; longer rows are cut
+    packing: Literal["none", "best-fit"] = "best-fit"
+    seed: int = 0  # choice of held-out rows and of generated ones
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if (self.path is None) == (self.identity is None):
+            raise ValueError("set one of path and identity")
+        return self
+
+
+class TrainingSettings(Section):
+    """Optimisation, logging and checkpoints."""
+
+    batch_size: Positive = 1  # packs a micro-batch, on each GPU
+    accumulation: Positive = 1  # micro-batches a step
+    epochs: Annotated[float, Field(gt=0)] = 1
+    max_steps: Positive | None = None  # ends the run early; the schedule ends with it
+    optimizer: Optimizer = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    gradient_checkpointing: bool = False
+    log_every: Positive = 1  # steps
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 saves at the end only
+    keep_checkpoints: Positive = 2
+    seed: int = 0  # order of the data, dropout, adapter start
+
+
+class EvaluationSettings(Section):
+    """Questions the model answers, and held-out loss it is measured by, while it trains."""
+
+    questions: list[str] = []
+    system: str = ""
+    every: Annotated[int, Field(ge=0)] = 0  # steps; 0 evaluates before and after training only
+    max_new_tokens: Positive = 60
+
+
+class Recipe(Section):
+    """Everything a run is made from."""
+
+    description: str = ""
+    task: str = ""  # recipes of one task at several scales share this
+    scale: Literal["tiny", "cpu", "gpu"] | None = None
+    model: ModelSettings
+    lora: LoraSettings | None = LoraSettings()  # null trains every weight
+    data: DataSettings
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _quantised_base_needs_lora(self) -> Recipe:
+        if self.lora is None and self.model.dtype in ("int8", "nf4"):
+            raise ValueError(f"a base in {self.model.dtype} cannot be trained itself: keep lora, or set model.dtype to bfloat16")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every key spelt out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML, atomically."""
+        write_text(path, self.to_yaml())
+
+
+def recipe_names(pattern: str = "") -> list[str]:
+    """Names of the shipped recipes that contain `pattern`, upper or lower case."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml") if pattern.lower() in path.stem.lower())
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by the name of a shipped one or by a file's path, and set `a.b=c` overrides.
+
+    Raises:
+        InputError: no such recipe, broken YAML, an unknown key (the nearest known one is named), a value out of range.
+    """
+    path = _find(name_or_path)
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{path}: broken YAML{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {type(content).__name__}, not a recipe of keys and values")
+    for override in overrides:
+        _override(content, override)
+    return make_recipe(content, origin=str(path))
+
+
+def make_recipe(content: dict[str, Any], *, origin: str = "recipe") -> Recipe:
+    """Check a nested dict and make it a recipe; `origin` names it in errors.
+
+    Raises:
+        InputError: an unknown key, a missing one, or a value out of range.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{origin}: {_explain(error)}") from None
+
+
+def recipe_for(task: str, scale: str) -> Recipe:
+    """The shipped recipe of a task at a scale. `tiny` is the CPU recipe on the tiny model, two steps long.
+
+    Raises:
+        InputError: no shipped recipe has that task and scale.
+    """
+    wanted = "cpu" if scale == "tiny" else scale
+    recipes = [load_recipe(name) for name in recipe_names()]
+    for recipe in recipes:
+        if recipe.task == task and recipe.scale == wanted:
+            if scale == "tiny":
+                recipe.scale, recipe.model.name, recipe.training.max_steps = "tiny", "tiny", 2
+            return recipe
+    tasks = sorted({recipe.task for recipe in recipes})
+    raise InputError(f"no recipe for task {task!r} at scale {scale!r} (tasks: {', '.join(tasks)}){did_you_mean(task, tasks)}")
+
+
+def copy_recipe(name: str, folder: str | Path = ".") -> Path:
+    """Copy a shipped recipe into a folder, to be edited there; comments come along.
+
+    Raises:
+        InputError: no such recipe, or a file of that name stands there.
+    """
+    source = _find(name)
+    target = file_to_write(Path(folder) / source.name, overwrite=False)
+    write_text(target, source.read_text(encoding="utf-8"))
+    return target
+
+
+def _find(name_or_path: str | Path) -> Path:
+    shipped = RECIPE_FOLDER / f"{name_or_path}.yaml"
+    if shipped.is_file() and shipped.parent == RECIPE_FOLDER:
+        return shipped
+    path = Path(name_or_path).expanduser()
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path  # a missing one is reported by the reader
+    raise InputError(f"recipe {str(name_or_path)!r} is unknown{did_you_mean(str(name_or_path), recipe_names())} (course recipes list shows all)")
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set {override!r}: write it as section.key=value, such as training.lr=1e-4")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if inner is None:
+            inner = content[section] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set {override!r}: {section} is not a section of the recipe")
+        content = inner
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        content[last] = value
+    if isinstance(content[last], str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            content[last] = float(content[last]) if "e" in content[last].lower() else content[last]
+        except ValueError:
+            pass
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint in one line, with the nearest known key where a key is unknown."""
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if not isinstance(part, int)]
+    key = ".".join(map(str, first["loc"]))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        return f"unknown key {key!r}{did_you_mean(str(location[-1]), known) or '; known here: ' + ', '.join(known)}{more}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing{more}"
+    given = first["input"]
+    said = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(given, dict | BaseModel) else f" = {given!r}"
+    return f"{key}{shown}: {said[0].lower() + said[1:]}{more}" if key else f"{said}{more}"
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+    return list(section.model_fields)
