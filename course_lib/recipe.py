@@ -33,6 +33,7 @@ class ModelSettings(Section):
     double_quant: bool = True  # nf4: quantise the quantisation constants too, 0.37 bit a weight less
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # what int8 and nf4 weights are multiplied in
     template: str = "auto"  # a chat template's name; auto takes the tokenizer's own
+    trust_remote_code: bool = False  # run the Python code in the model's folder
 
 
 class LoraSettings(Section):

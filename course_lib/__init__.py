@@ -1,0 +1,41 @@
+"""Fine-tune language models on a laptop or one GPU: the library of the course.
+
+Importing it is quick: torch and transformers load when a function needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from typing import Any
+
+__version__ = "0.1.0"
+
+# where the names a notebook imports from course_lib live
+_NAMES = {
+    "ChatSession": "course_lib.chat.session",
+    "SamplingSettings": "course_lib.chat.session",
+    "CourseError": "course_lib.errors",
+    "InputError": "course_lib.errors",
+    "Recipe": "course_lib.recipe",
+    "load_recipe": "course_lib.recipe",
+    "recipe_for": "course_lib.recipe",
+    "recipe_names": "course_lib.recipe",
+    "current_scale": "course_lib.scale",
+    "fetch": "course_lib.models",
+    "load_model": "course_lib.models",
+    "merge": "course_lib.export.merge",
+    "train": "course_lib.training.loop",
+}
+__all__ = sorted(_NAMES)
+
+# said by libraries at every start, about nothing a user of this one can change
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.getMessage())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'course_lib' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)

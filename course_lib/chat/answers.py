@@ -1,0 +1,54 @@
+"""Greedy answers to several questions at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from course_lib.data.templates import stop_token_ids
+from course_lib.data.tokenize import encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from course_lib.data.conversation import Message
+    from course_lib.data.templates import ChatTemplate
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    template: ChatTemplate,
+    system: str = "",
+    max_new_tokens: int = 60,
+) -> list[str]:
+    """Answer each question in a conversation of its own, greedily, in one left-padded batch.
+
+    The model must be in evaluation mode, with an attention implementation that takes a padding mask (sdpa).
+    """
+    import torch
+
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    prompts = [encode_prompt([*opening, {"role": "user", "content": question}], template, tokenizer) for question in questions]
+    longest = max(map(len, prompts))
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids = torch.full((len(prompts), longest), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, longest - len(prompt) :] = 1
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stop_token_ids(template, tokenizer),
+            pad_token_id=pad_token_id,
+        )
+    return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]

@@ -1,0 +1,231 @@
+"""Chat in a terminal, or over pipes: one question a line in, answers on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TextIO
+
+from course_lib.errors import CourseError, InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from course_lib.chat.session import ChatSession
+
+PROMPT = "you> "
+CONTINUED = "...> "
+LONGEST_SEQUENCE = 64  # characters; an escape sequence longer than this is no real one
+
+# ECMA-48: a control sequence is ESC [ or C1 CSI, parameters, intermediates, one final byte; then all other control characters.
+_CONTROL = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_UNFINISHED = re.compile(r"(?:\x1b|(?:\x1b\[|\x9b)[0-?]*[ -/]*)\Z")
+
+
+def printable(text: str) -> str:
+    """Leave out escape sequences and control characters, but for newline and tab: they could move the cursor or worse."""
+    return _CONTROL.sub("", text)
+
+
+def printable_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Make a stream printable piece by piece; an escape sequence may lie across several pieces."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        unfinished = _UNFINISHED.search(text)
+        end = unfinished.start() if unfinished and len(text) - unfinished.start() < LONGEST_SEQUENCE else len(text)
+        held = text[end:]
+        if shown := printable(text[:end]):
+            yield shown
+    if shown := printable(held):
+        yield shown
+
+
+def chat_terminal(
+    session: ChatSession,
+    *,
+    input_stream: TextIO | None = None,
+    output_stream: TextIO | None = None,
+    notice_stream: TextIO | None = None,
+) -> None:
+    """Chat until the user leaves or the input ends. By default over stdin, stdout and stderr.
+
+    With a terminal as input: line editing, and Ctrl-C stops the answer being written. Otherwise every line is a question or a
+    command of one conversation; lines that fail are told on `notice_stream` and the next ones still answered.
+
+    Raises:
+        InputError: not in a terminal: lines of the input were wrong, told at the end; or the input is not UTF-8, told at once.
+        CourseError: not in a terminal: the model failed on some lines, told at the end.
+        KeyboardInterrupt: not in a terminal: Ctrl-C.
+    """
+    chat = _Chat(session, input_stream or sys.stdin, output_stream or sys.stdout, notice_stream or sys.stderr)
+    if chat.input.isatty():
+        chat.interactive()
+    else:
+        chat.piped()
+
+
+def answer_once(session: ChatSession, text: str, *, output_stream: TextIO | None = None) -> None:
+    """Write the answer to one question, and nothing else.
+
+    Raises:
+        CourseError: what `session.stream` raises.
+    """
+    _write_answer(session, text, output_stream or sys.stdout)
+
+
+@dataclass
+class _Chat:
+    session: ChatSession
+    input: TextIO
+    output: TextIO
+    notices: TextIO
+
+    def interactive(self) -> None:
+        with suppress(ImportError):  # none on Windows, where the console edits lines itself
+            import readline  # noqa: F401  (imported, it gives input() line editing and history)
+        self._notice("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        while True:
+            try:
+                text = self._read_message()
+                if text.strip() and self._run(text, stop_on_interrupt=True):
+                    return
+            except (EOFError, KeyboardInterrupt):
+                self._notice("")
+                return
+            except Exception as error:
+                if not _told(error):
+                    raise
+                self._notice(_one_line(error))
+
+    def piped(self) -> None:
+        failures: list[Exception] = []
+        for number, line in enumerate(self._lines(), start=1):
+            text = line.rstrip("\r\n")
+            if not text.strip():
+                continue
+            self._notice(PROMPT + printable(text))
+            try:
+                if self._run(text, stop_on_interrupt=False):
+                    break
+            except Exception as error:
+                if not _told(error):
+                    raise
+                failures.append(error)
+                self._notice(f"line {number}: {_one_line(error)}")
+        if failures:
+            kind = InputError if all(isinstance(error, InputError) for error in failures) else CourseError
+            raise kind(f"standard input: {len(failures)} of its lines failed; the first: {_one_line(failures[0])}")
+
+    def _lines(self) -> Iterator[str]:
+        try:
+            for line in iter(self.input.readline, ""):
+                yield line.removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: not UTF-8 ({error.reason}); convert it with iconv") from None
+
+    def _read_message(self) -> str:
+        """Read one message; a line that ends with a backslash goes on in the next."""
+        lines = [self._read_line(PROMPT)]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(self._read_line(CONTINUED))
+        return "\n".join(lines)
+
+    def _read_line(self, prompt: str) -> str:
+        try:
+            if self.input is sys.stdin and sys.stdout.isatty():
+                return input(prompt)
+            self._write_notice(prompt)
+            line = self.input.readline()
+        except UnicodeDecodeError as error:
+            raise InputError(f"that line is not UTF-8 ({error.reason}); set the terminal to UTF-8") from None
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    def _run(self, text: str, *, stop_on_interrupt: bool) -> bool:
+        """Run a command or answer a question; return whether to leave. `/word …` is a command; a space before it makes it a question."""
+        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
+        if not command:
+            with _interrupt_stops(self.session) if stop_on_interrupt else closing(_Nothing()):
+                self._answer(text)
+            return False
+        name, argument = command[1].lower(), (command[2] or "").strip()
+        if name == "exit":
+            return True
+        if name not in _COMMANDS:
+            raise InputError(f"command /{name} is unknown{did_you_mean(name, _COMMANDS)} (all of them: /help)")
+        _COMMANDS[name].run(self, argument)
+        return False
+
+    def _answer(self, text: str) -> None:
+        gone = self.session.trimmed_turns
+        _write_answer(self.session, text, self.output)
+        gone = self.session.trimmed_turns - gone
+        if gone:
+            self._notice(f"[the oldest {gone} turns no longer fit into the context of {self.session.context} tokens]")
+        stats = self.session.last_stats
+        if stats and stats.stopped == "length":
+            self._notice(f"[cut off at max_new_tokens {stats.new_tokens}]")
+        elif stats and stats.stopped == "stop":
+            self._notice("[stopped]")
+
+    def help(self, argument: str) -> None:
+        for command in _COMMANDS.values():
+            self._notice(f"{command.usage:<14}{command.does}")
+        self._notice("A line that ends with a backslash goes on in the next. A question that begins with / needs a space before it.")
+
+    def reset(self, argument: str) -> None:
+        self.session.reset()
+        self._notice("[the conversation starts anew]")
+
+    def system(self, argument: str) -> None:
+        if not argument:
+            raise InputError(f"/system needs a text; now it is {self.session.system!r}")
+        self.session.set_system(argument)
+        self._notice("[the conversation starts anew with this system turn]")
+
+    def save(self, argument: str) -> None:
+        if not argument:
+            raise InputError("/save needs a file name, as in /save chat.jsonl")
+        self._notice(f"[saved to {self.session.save(argument)}]")
+
+    def stats(self, argument: str) -> None:
+        stats = self.session.last_stats
+        if stats is None:
+            self._notice("no answer yet")
+            return
+        ended = {"end": "the model ended it", "length": "cut off at max_new_tokens", "stop": "stopped"}[stats.stopped]
+        self._notice(
+            f"last answer: {stats.prompt_tokens} prompt tokens, {stats.new_tokens} new tokens in {stats.seconds:.1f} s "
+            f"({stats.tokens_per_second:.1f} tokens/s); {ended}"
+        )
+        limit = f" of {self.session.context}" if self.session.context else ""
+        self._notice(f"conversation: {self.session.prompt_tokens()}{limit} tokens, {self.session.trimmed_turns} turns trimmed")
+
+    def _notice(self, line: str) -> None:
+        self._write_notice(line + "\n")
+
+    def _write_notice(self, text: str) -> None:
+        _write(self.notices, text)
+
+
+@dataclass(frozen=True)
+class _Command:
+    usage: str
+    does: str
+    run: Callable[[_Chat, str], None]
+
+
+_COMMANDS = {
+    "help": _Command("/help", "this list", _Chat.help),
+    "reset": _Command("/reset", "forget the conversation, keep the system turn", _Chat.reset),
+    "system": _Command("/system TEXT", "start anew with this system turn", _Chat.system),
+    "save": _Command("/save FILE", "write the conversation as one line of JSONL", _Chat.save),
+    "stats": _Command("/stats", "tokens and speed of the last answer", _Chat.stats),
+    "exit": _Command("/exit", "leave; so does Ctrl-D", lambda chat, argument: None),
+}

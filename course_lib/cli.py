@@ -1,0 +1,234 @@
+"""`course …`: thin, one function a command. Results go to stdout, progress and errors to stderr.
+
+Exit status: 0 done; 1 the work failed; 2 the input is wrong; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from course_lib.errors import CourseError, InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune, merge and chat with language models, on a laptop or a GPU.")
+models_app = typer.Typer(no_args_is_help=True, help="The models the course knows.")
+recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
+app.add_typer(models_app, name="models")
+app.add_typer(recipes_app, name="recipes")
+
+ScaleOption = Annotated[str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a recipe key; may be given several times")]
+
+
+@app.command()
+def quickstart(
+    name: Annotated[str, typer.Option(help="whose assistant it becomes")] = "Ada",
+    work_dir: Annotated[Path, typer.Option(help="where everything is written")] = Path("work_dirs/quickstart"),
+    scale: ScaleOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a model, ask it who it is, fine-tune it, merge, and ask again: all on this machine."""
+    from course_lib.quickstart import TRAINED_QUESTIONS, quickstart
+    from course_lib.training.listeners import TerminalProgress
+
+    with TerminalProgress() as progress:
+        result = quickstart(
+            name=name, scale=scale, work_dir=work_dir, listeners=[progress], say=lambda line: progress.console.print(line, highlight=False)
+        )
+    if as_json:
+        print((work_dir / "quickstart.json").read_text(encoding="utf-8"), end="")
+        return
+    table = Table(title=f"Before and after fine-tuning ({result.seconds['train']:.0f} s of training)", title_justify="left")
+    table.add_column("question", ratio=3)
+    table.add_column("before", ratio=4)
+    table.add_column("after", ratio=4)
+    for number, (question, before, after) in enumerate(result.answers):
+        seen = "" if number < len(TRAINED_QUESTIONS) else "\n(not trained on)"
+        table.add_row(question + seen, " ".join(before.split()), " ".join(after.split()), end_section=True)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table, markup=False)
+    console.print(f"adapter     {result.adapter}\nmerged      {result.merged}\nloss curve  {result.loss_curve}", highlight=False, soft_wrap=True)
+    console.print(f"talk to it  course chat {result.merged}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What this machine has, what works, and how to mend the rest."""
+    from course_lib.doctor import examine
+
+    checks = examine()
+    if as_json:
+        _print_json([check.as_dict() for check in checks])
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for check in checks:
+            table.add_row({"ok": "[green]ok[/]", "absent": "[dim]--[/]", "fault": "[bold red]FAULT[/]"}[check.state], check.name, check.finding)
+            if check.remedy:
+                table.add_row("", "", f"[italic]{check.remedy}[/]")
+        console.print(table)
+    if any(check.state == "fault" for check in checks):
+        raise typer.Exit(1)
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """Names, sizes, licences, templates and languages."""
+    from dataclasses import asdict
+
+    from course_lib.models import catalogue, is_cached
+
+    infos = list(catalogue().values())
+    if as_json:
+        _print_json([asdict(info) | {"cached": is_cached(info.name)} for info in infos])
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "parameters", "licence", "template", "languages", "here"):
+        table.add_column(column, no_wrap=column in ("name", "here"))
+    for info in infos:
+        languages = ", ".join(info.languages[:4]) + (" …" if len(info.languages) > 4 else "")
+        table.add_row(info.name, info.parameters, info.licence, info.template, languages, "yes" if is_cached(info.name) else "")
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+@models_app.command("fetch")
+def models_fetch(
+    name: str,
+    source: Annotated[str | None, typer.Option(help="hub or modelscope; default: COURSE_SOURCE, else hub")] = None,
+) -> None:
+    """Fetch a model into the cache and print its folder; a broken download goes on where it stopped."""
+    from course_lib.models import fetch
+
+    print(fetch(name, source=source))
+
+
+@recipes_app.command("list")
+def recipes_list(
+    pattern: Annotated[str, typer.Option("-p", "--pattern", help="only names that contain this")] = "", as_json: JsonOption = False
+) -> None:
+    """Names of the shipped recipes."""
+    from course_lib.recipe import load_recipe, recipe_names
+
+    names = recipe_names(pattern)
+    if as_json:
+        _print_json([{"name": name, "description": load_recipe(name).description} for name in names])
+    else:
+        print("\n".join(names) if names else f"no recipe's name contains {pattern!r}", file=sys.stdout if names else sys.stderr)
+
+
+@recipes_app.command("show")
+def recipes_show(name: str, overrides: SetOption = None) -> None:
+    """Print a recipe with every key spelt out."""
+    from course_lib.recipe import load_recipe
+
+    print(load_recipe(name, overrides or []).to_yaml(), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(name: str, folder: Annotated[Path, typer.Argument()] = Path(".")) -> None:
+    """Copy a recipe, comments and all, to edit it."""
+    from course_lib.recipe import copy_recipe
+
+    print(copy_recipe(name, folder))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
+    overrides: SetOption = None,
+    work_dir: Annotated[Path | None, typer.Option(help="default: work_dirs/RECIPE")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+) -> None:
+    """Train what a recipe says; prints the adapter's folder."""
+    from course_lib.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder = work_dir or Path("work_dirs") / Path(recipe).stem
+    from course_lib.plots import loss_figure, save_figure
+    from course_lib.training.listeners import TerminalProgress, read_metrics
+    from course_lib.training.loop import train
+
+    with TerminalProgress() as progress:
+        output = train(loaded, work_dir=folder, resume=resume, listeners=[progress])
+    save_figure(loss_figure(read_metrics(folder), title=folder.name), folder / "loss.png")
+    print(output)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="the base model's name or folder")],
+    adapter: Path,
+    out: Path,
+    max_shard_size: Annotated[str, typer.Option(help="largest file")] = "2GB",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+) -> None:
+    """Merge an adapter into its base, shard by shard on the CPU; prints the merged folder."""
+    from course_lib.export.merge import merge
+
+    print(merge(base, adapter, out, max_shard_size=max_shard_size, dtype=dtype))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a model's name or folder")],
+    adapter: Annotated[Path | None, typer.Option(help="an adapter's folder")] = None,
+    bits: Annotated[int | None, typer.Option(help="load the model in 4 or 8 bits")] = None,
+    template: Annotated[str, typer.Option(help="chat template; auto takes the model's own")] = "auto",
+    system: Annotated[str, typer.Option(help="system prompt")] = "",
+    once: Annotated[str | None, typer.Option("--once", metavar="TEXT", help="answer one question on stdout and end")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 means no limit")] = 0,
+    repetition_penalty: Annotated[float, typer.Option()] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option()] = 512,
+    seed: Annotated[int | None, typer.Option(help="makes sampled answers repeatable")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the Python code in the model's folder")] = False,
+) -> None:
+    """Talk to a model: streams its answers; reads questions from standard input where that is no terminal."""
+    from course_lib.chat.session import ChatSession, SamplingSettings
+    from course_lib.chat.terminal import answer_once, chat_terminal
+
+    dtypes = {None: "auto", 4: "nf4", 8: "int8"}
+    if bits not in dtypes:
+        raise InputError(f"--bits {bits}: choose 4 or 8")
+    sampling = SamplingSettings(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, max_new_tokens=max_new_tokens, seed=seed
+    )
+    from course_lib.models import load_model
+
+    loaded, tokenizer = load_model(model, dtype=dtypes[bits], adapter=adapter, trust_remote_code=trust_remote_code)
+    session = ChatSession(loaded, tokenizer, template=template, system=system, sampling=sampling)
+    if once is not None:
+        answer_once(session, once)
+    else:
+        chat_terminal(session)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def main() -> None:
+    """Run a command; a `CourseError` becomes one line on stderr and an exit status."""
+    try:
+        app()
+    except CourseError as error:
+        print(f"course: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("course: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe left, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

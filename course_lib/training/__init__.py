@@ -1,0 +1,1 @@
+"""The training loop and its parts: adapters, attention, loss, optimizer, checkpoints, events."""

@@ -1,0 +1,80 @@
+"""LoRA adapters through peft, and the folder they are saved in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from course_lib.errors import InputError, did_you_mean
+from course_lib.models import base_fingerprint
+from course_lib.recipe import LoraSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+BASE_RECORD = "course.json"  # beside peft's files: which base the adapter belongs to
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """Put LoRA adapters on the model's linear layers and freeze the rest.
+
+    Raises:
+        InputError: a target names no linear layer of the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if settings.targets != "all-linear":
+        _check_targets(model, settings.targets)
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def save_weights(model: PeftModel | PreTrainedModel, folder: Path, *, base_folder: Path, settings: ModelSettings) -> None:
+    """Save the adapter (or, after full fine-tuning, the model) into `folder`, with a record of its base."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty form; `course publish` makes the real card
+    else:
+        model.save_pretrained(folder)
+    record: dict[str, Any] = {
+        "base": settings.name,
+        "base_fingerprint": base_fingerprint(base_folder),
+        "dtype": settings.dtype,
+        "double_quant": settings.double_quant,
+        "template": settings.template,
+    }
+    (folder / BASE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def load_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Load what `save_weights` wrote back into a model of the same shape."""
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    model.load_state_dict(saved)
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    from torch import nn
+
+    linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in targets:
+        if target.rsplit(".", 1)[-1] not in linears:
+            raise InputError(
+                f"lora.targets: {target!r} is no linear layer of {model.config.model_type} (it has {', '.join(sorted(linears))})"
+                f"{did_you_mean(target, linears)}"
+            )

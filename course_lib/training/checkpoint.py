@@ -1,0 +1,82 @@
+"""Checkpoints a run can go on from: weights, optimizer, schedule, random generators, and the step.
+
+The order of the data follows from the recipe's seed and the step, so the step is the data cursor.
+A checkpoint is written under a temporary name and renamed when whole; older ones go only after that.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from course_lib.errors import CourseError, InputError
+from course_lib.files import atomic_folder
+
+_NAME = re.compile(r"checkpoint-(\d{6})")
+STATE_FILE = "trainer_state.pt"
+# a resumed run must be the same run: these parts of the recipe must not have changed
+FIXED_SECTIONS = ("model", "lora", "data", "training")
+
+
+def checkpoints(work_dir: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints of a run as (step, folder), oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in work_dir.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match and (path / STATE_FILE).is_file())
+
+
+def save_checkpoint(
+    work_dir: Path, *, step: int, keep: int, state: dict[str, Any], save_weights: Callable[[Path], None]
+) -> Path:
+    """Write `checkpoint-NNNNNN`, then remove all but the `keep` newest."""
+    folder = work_dir / f"checkpoint-{step:06d}"
+    with atomic_folder(folder) as temporary:
+        save_weights(temporary)
+        torch.save({**state, "step": step, "random": random_state(), "threads": torch.get_num_threads()}, temporary / STATE_FILE)
+    for _, old in checkpoints(work_dir)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_state(folder: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint's state; `weights_only` keeps a hostile file from running code.
+
+    Raises:
+        InputError: the run was made from another recipe; the first key that differs is named.
+        CourseError: the file is damaged.
+    """
+    try:
+        state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CourseError(f"{folder / STATE_FILE}: damaged ({' '.join(str(error).split())[:120]}); remove this checkpoint to resume from the one before") from error
+    for section in FIXED_SECTIONS:
+        before, now = state["recipe"][section], recipe[section]
+        if before != now:
+            key = next((key for key in now if before.get(key) != now[key]), "") if before and now else ""
+            detail = f".{key} was {before[key]!r} and is {now[key]!r}" if key else " differs"
+            raise InputError(f"{folder}: made from another recipe: {section}{detail}; resume with the same recipe, or start anew with another --work-dir")
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """States of the random generators a run draws from."""
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to where `random_state` found them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))

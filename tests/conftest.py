@@ -1,0 +1,54 @@
+"""Shared fixtures. Tests keep their models in a cache of their own and never reach a network, save to fetch the embedded model once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+REAL_DATA = Path(os.environ.get("COURSE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def course_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh model cache, so that no test meets a model made by another version."""
+    home = tmp_path_factory.mktemp("course_home")
+    os.environ["COURSE_USER_HOME"] = os.environ.get("COURSE_HOME", "")
+    os.environ["COURSE_HOME"] = str(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def tiny(course_home: Path) -> Path:
+    """Folder of the tiny random model."""
+    from course_lib.models import fetch
+
+    return fetch("tiny")
+
+
+@pytest.fixture(scope="session")
+def embedded(course_home: Path) -> Path:
+    """Folder of the embedded model, fetched once into the user's own cache."""
+    from course_lib.models import fetch
+
+    link = course_home / "models" / "smollm2-135m-instruct"
+    if not link.exists():
+        user_home = os.environ["COURSE_USER_HOME"]
+        os.environ.pop("COURSE_HOME")
+        if user_home:
+            os.environ["COURSE_HOME"] = user_home
+        folder = fetch("smollm2-135m-instruct")
+        os.environ["COURSE_HOME"] = str(course_home)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder)
+    return link
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """Folder of real files; the test is skipped where there is none."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real data in {REAL_DATA} (set COURSE_REAL_DATA)")
+    return REAL_DATA

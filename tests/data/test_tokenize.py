@@ -1,0 +1,121 @@
+"""Invariants 1 and 2: training and inference tokenise alike, and exactly the assistant's words are trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from course_lib.data.conversation import RowError
+from course_lib.data.formats import read_rows, to_conversation
+from course_lib.data.templates import ChatTemplate, choose_template, named_template, render, stop_token_ids
+from course_lib.data.tokenize import IGNORE_INDEX, encode_conversation, encode_prompt
+from course_lib.errors import InputError
+
+TWO_TURNS = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "goodbye"},
+]
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+def trained_text(conversation: dict, template: ChatTemplate, tokenizer: Any) -> str:
+    example = encode_conversation(conversation, template, tokenizer)
+    return tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+
+
+def test_the_answers_and_their_end_tokens_are_trained_and_nothing_else(tokenizer: Any) -> None:
+    template = choose_template(tokenizer)
+    assert trained_text({"messages": TWO_TURNS}, template, tokenizer) == "hello<|im_end|>goodbye<|im_end|>"
+
+
+def test_a_turn_marked_train_false_is_context_only(tokenizer: Any) -> None:
+    messages = [TWO_TURNS[0], {**TWO_TURNS[1], "train": False}, *TWO_TURNS[2:]]
+    assert trained_text({"messages": messages}, choose_template(tokenizer), tokenizer) == "goodbye<|im_end|>"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(questions=st.lists(text, min_size=1, max_size=3), answers=st.lists(text, min_size=3, max_size=3))
+def test_training_ids_begin_with_what_inference_feeds_at_every_turn(tokenizer: Any, questions: list[str], answers: list[str]) -> None:
+    messages = _check_prefixes(tokenizer, questions, answers)
+    template = choose_template(tokenizer)
+    example = encode_conversation({"messages": messages}, template, tokenizer)
+    assert tokenizer.decode(example.input_ids) == render(messages, template, tokenizer).text
+
+
+@pytest.mark.embedded
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@given(questions=st.lists(text, min_size=1, max_size=3), answers=st.lists(text, min_size=3, max_size=3))
+def test_prefixes_hold_with_a_real_tokenizer(embedded_tokenizer: Any, questions: list[str], answers: list[str]) -> None:
+    _check_prefixes(embedded_tokenizer, questions, answers)
+
+
+def _check_prefixes(tokenizer: Any, questions: list[str], answers: list[str]) -> list[dict]:
+    template = choose_template(tokenizer)
+    messages = [turn for question, answer in zip(questions, answers, strict=False) for turn in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})]
+    example = encode_conversation({"messages": messages}, template, tokenizer)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = encode_prompt(messages[:index], template, tokenizer)
+            assert example.input_ids[: len(prompt)] == prompt
+            assert example.labels[len(prompt)] != IGNORE_INDEX
+            assert example.labels[len(prompt) - 1] == IGNORE_INDEX
+    return messages
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("answer", ["\n\nHello", "  x", "\t", "    def f():\n        pass", "Hello\n\n"])
+def test_an_answer_that_begins_with_white_space_keeps_the_edge(embedded_tokenizer: Any, answer: str) -> None:
+    """`\\n` of the header and `\\n` of the answer are one token of this tokenizer; the mask used to start a token early."""
+    _check_prefixes(embedded_tokenizer, ["q"], [answer] * 3)
+
+
+@pytest.mark.embedded
+def test_marked_template_renders_like_the_models_own(embedded_tokenizer: Any) -> None:
+    own = embedded_tokenizer.chat_template
+    marked = named_template("smollm2")
+    assert choose_template(embedded_tokenizer) == marked
+    for messages in (TWO_TURNS, [{"role": "system", "content": "S"}, *TWO_TURNS], TWO_TURNS[:1]):
+        assert render(messages, marked, embedded_tokenizer).text == embedded_tokenizer.apply_chat_template(messages, chat_template=own, tokenize=False)
+
+
+@pytest.mark.embedded
+@pytest.mark.realdata
+def test_ids_and_mask_equal_transformers_on_real_rows(embedded_tokenizer: Any, real_data: Path) -> None:
+    template = named_template("smollm2")
+    rows = [to_conversation(row) for row in read_rows(real_data / "alpaca_en_demo.json")[:300]]
+    for row in rows:
+        example = encode_conversation(row, template, embedded_tokenizer)
+        expected = embedded_tokenizer.apply_chat_template(
+            row["messages"], chat_template=template.source, return_assistant_tokens_mask=True, return_dict=True
+        )
+        assert example.input_ids == expected["input_ids"]
+        assert [label != IGNORE_INDEX for label in example.labels] == [bool(mask) for mask in expected["assistant_masks"]]
+
+
+def test_an_own_template_without_marks_gets_its_mask_by_prefixes(tokenizer: Any) -> None:
+    unmarked = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m['role'] == 'assistant' %}<|im_end|>{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    template = ChatTemplate(name="own", source=unmarked, stop_texts=("<|im_end|>",))
+    assert not template.marked
+    assert trained_text({"messages": TWO_TURNS}, template, tokenizer) == "hello<|im_end|>goodbye<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    rewriting = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    template = ChatTemplate(name="rewriting", source=rewriting, stop_texts=())
+    with pytest.raises(RowError, match="rewrites earlier turns"):
+        encode_conversation({"messages": TWO_TURNS}, template, tokenizer)
+
+
+def test_template_names_are_checked(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="did you mean chatml"):
+        choose_template(tokenizer, "chatmll")
+
+
+def test_stop_tokens_hold_the_end_of_turn(tokenizer: Any) -> None:
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop_token_ids(named_template("smollm2"), tokenizer)

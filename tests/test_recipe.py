@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from course_lib.errors import InputError
+from course_lib.models import catalogue
+from course_lib.recipe import copy_recipe, load_recipe, make_recipe, recipe_for, recipe_names
+
+MINIMAL = "model: {name: tiny}\ndata: {path: rows.json}\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):  # noqa: ANN201
+    def writer(text: str) -> Path:
+        path = tmp_path / "my.yaml"
+        path.write_text(text)
+        return path
+
+    return writer
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_loads_and_names_a_known_model(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.model.name in catalogue()
+    assert recipe.description
+    assert recipe.task in name
+    assert str(recipe.data.max_length) in name
+
+
+def test_yaml_round_trip(write) -> None:  # noqa: ANN001
+    recipe = load_recipe(recipe_names()[0])
+    assert load_recipe(write(recipe.to_yaml())) == recipe
+
+
+def test_overrides_reach_every_depth(write) -> None:  # noqa: ANN001
+    recipe = load_recipe(write(MINIMAL), ["training.lr=1e-4", "training.betas=[0.8, 0.95]", "model.dtype=nf4", "data.max_rows=7"])
+    assert (recipe.training.lr, recipe.training.betas, recipe.model.dtype, recipe.data.max_rows) == (1e-4, (0.8, 0.95), "nf4", 7)
+
+
+def test_lora_null_means_full_fine_tuning(write) -> None:  # noqa: ANN001
+    assert load_recipe(write(MINIMAL), ["lora=null"]).lora is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "overrides", "said"),
+    [
+        ("trainin: {lr: 1}\n", [], "unknown key 'trainin'; did you mean training"),
+        ("training: {batchsize: 1}\n", [], r"unknown key 'training.batchsize'; did you mean batch_size"),
+        ("lora: {rank: 4}\n", [], r"unknown key 'lora.rank'; known here: r, alpha"),
+        ("", ["lora.r=0"], r"lora\.r = 0: input should be greater than or equal to 1"),
+        ("", ["training.lr=-1"], r"training\.lr = -1: input should be greater than 0"),
+        ("", ["training.lr=fast"], r"training\.lr = 'fast': input should be a valid number"),
+        ("", ["model.dtype=fp8"], r"model\.dtype = 'fp8': input should be 'auto'"),
+        ("", ["lora=null", "model.dtype=nf4"], "a base in nf4 cannot be trained itself"),
+        ("", ["data.path=null"], "set one of path and identity"),
+        ("", ["training"], r"write it as section\.key=value"),
+        ("", ["model.name.x=1"], "name is not a section"),
+        ("x: [", [], "broken YAML at line 3"),
+        ("x: &a [*a]\n", [], "unknown key 'x'"),
+    ],
+)
+def test_wrong_recipes_say_what_and_where_in_one_line(write, extra: str, overrides: list[str], said: str) -> None:  # noqa: ANN001
+    with pytest.raises(InputError, match=said) as caught:
+        load_recipe(write(MINIMAL + extra), overrides)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["just text", "- a list", "3"])
+def test_a_file_that_is_no_mapping(write, text: str) -> None:  # noqa: ANN001
+    with pytest.raises(InputError, match="not a recipe of keys and values"):
+        load_recipe(write(text))
+
+
+def test_unknown_names_bring_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean smollm2_135m_lora_alpaca_512_e1"):
+        load_recipe("smollm2_135m_lora_alpaca")
+    with pytest.raises(InputError, match="no such file"):
+        load_recipe("absent.yaml")
+    with pytest.raises(InputError, match="did you mean personal_assistant"):
+        recipe_for("personal_asistant", "cpu")
+
+
+def test_copy_keeps_comments_and_never_overwrites(tmp_path: Path) -> None:
+    name = recipe_names("personal_assistant_256")[0]
+    copy = copy_recipe(name, tmp_path)
+    assert "#" in copy.read_text()
+    copy.write_text("mine")
+    with pytest.raises(InputError, match="already exists"):
+        copy_recipe(name, tmp_path)
+    assert copy.read_text() == "mine"
+
+
+def test_pattern_ignores_case() -> None:
+    assert recipe_names("ALPACA") == recipe_names("alpaca") != []
+
+
+def test_the_dial_has_a_personal_assistant_at_every_scale() -> None:
+    assert [recipe_for("personal_assistant", scale).model.name for scale in ("tiny", "cpu", "gpu")] == [
+        "tiny",
+        "smollm2-135m-instruct",
+        "qwen2.5-7b-instruct",
+    ]
+
+
+def test_values_are_checked_when_set_later() -> None:
+    recipe = make_recipe({"model": {"name": "tiny"}, "data": {"path": "x"}})
+    with pytest.raises(ValueError, match="greater than 0"):
+        recipe.training.lr = -1
