@@ -303,8 +303,8 @@ def check_adapter(adapter_folder: str | Path, base_folder: str | Path) -> None:
         if not (adapter / file).is_file():
             raise InputError(f"{adapter}: has no {file}, so it is no PEFT adapter; name the folder a training wrote")
     adapter_config = _read_json(adapter / "adapter_config.json")
-    owner = adapter_config.get("base_model_name_or_path") or "the base it was trained on"
     course = _read_json(adapter / "course.json") if (adapter / "course.json").is_file() else {}
+    owner = course.get("base") or adapter_config.get("base_model_name_or_path") or "the base it was trained on"
     if expected := course.get("base_fingerprint"):
         if (actual := base_fingerprint(base)) != expected:
             was, now = f"{owner} ({expected})", f"{base} ({actual})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +68,7 @@ class ChatSession:
         self._unfinished: weakref.ref[Generator[str, None, None]] | None = None
         self._start(system)
 
-    def stream(self, text: str) -> Iterator[str]:
+    def stream(self, text: str) -> Generator[str, None, None]:
         """Ask, and yield pieces of the answer as they come; both turns join the history when the iterator ends.
 
         An answer that is stopped or no longer read joins as far as it was read. An exception in the model is raised here and

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
@@ -89,15 +89,16 @@ class _Chat:
             import readline  # noqa: F401  (imported, it gives input() line editing and history)
         self._notice("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
+            text = self._read_message()
+            if text is None:
+                return
             try:
-                text = self._read_message()
-                if text.strip() and self._run(text, stop_on_interrupt=True):
+                if text.strip() and self._run(text):
                     return
-            except (EOFError, KeyboardInterrupt):
-                self._notice("")
+            except KeyboardInterrupt:  # the second one within an answer
                 return
             except Exception as error:
-                if not _told(error):
+                if isinstance(error, BrokenPipeError):  # nobody reads any more
                     raise
                 self._notice(_one_line(error))
 
@@ -109,10 +110,10 @@ class _Chat:
                 continue
             self._notice(PROMPT + printable(text))
             try:
-                if self._run(text, stop_on_interrupt=False):
+                if self._run(text):
                     break
             except Exception as error:
-                if not _told(error):
+                if isinstance(error, BrokenPipeError):  # nobody reads any more
                     raise
                 failures.append(error)
                 self._notice(f"line {number}: {_one_line(error)}")
@@ -127,44 +128,50 @@ class _Chat:
         except UnicodeDecodeError as error:
             raise InputError(f"standard input: not UTF-8 ({error.reason}); convert it with iconv") from None
 
-    def _read_message(self) -> str:
-        """Read one message; a line that ends with a backslash goes on in the next."""
-        lines = [self._read_line(PROMPT)]
-        while lines[-1].endswith("\\"):
-            lines[-1] = lines[-1][:-1]
-            lines.append(self._read_line(CONTINUED))
+    def _read_message(self) -> str | None:
+        """Read one message; a line that ends with a backslash goes on in the next. None: the user leaves."""
+        lines: list[str] = []
+        try:
+            lines.append(self._read_line(PROMPT))
+            while lines[-1].endswith("\\"):
+                lines[-1] = lines[-1][:-1]
+                lines.append(self._read_line(CONTINUED))
+        except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal itself is gone
+            with suppress(OSError):
+                self._notice("")
+            return None
+        except UnicodeDecodeError as error:
+            self._notice(f"that line is not UTF-8 ({error.reason}); set the terminal to UTF-8")
+            return ""
         return "\n".join(lines)
 
     def _read_line(self, prompt: str) -> str:
-        try:
-            if self.input is sys.stdin and sys.stdout.isatty():
-                return input(prompt)
-            self._write_notice(prompt)
-            line = self.input.readline()
-        except UnicodeDecodeError as error:
-            raise InputError(f"that line is not UTF-8 ({error.reason}); set the terminal to UTF-8") from None
+        if self.input is sys.stdin and sys.stdout.isatty():
+            return input(prompt)
+        self._write_notice(prompt)
+        line = self.input.readline()
         if not line:
             raise EOFError
         return line.rstrip("\r\n")
 
-    def _run(self, text: str, *, stop_on_interrupt: bool) -> bool:
-        """Run a command or answer a question; return whether to leave. `/word …` is a command; a space before it makes it a question."""
-        command = re.fullmatch(r"/(\w*)(?:\s+(.*))?", text, re.DOTALL)
+    def _run(self, text: str) -> bool:
+        """Run a command or answer a question; return whether to leave. `/word …` is a command, unless a space stands before it."""
+        command = re.fullmatch(r"(/\w*)(?:\s+(.*))?", text, re.DOTALL)
         if not command:
-            with _interrupt_stops(self.session) if stop_on_interrupt else closing(_Nothing()):
-                self._answer(text)
+            self._answer(text)
             return False
         name, argument = command[1].lower(), (command[2] or "").strip()
-        if name == "exit":
+        if name == "/exit":
             return True
         if name not in _COMMANDS:
-            raise InputError(f"command /{name} is unknown{did_you_mean(name, _COMMANDS)} (all of them: /help)")
+            raise InputError(f"command {name} is unknown{did_you_mean(name, _COMMANDS)} (/help lists them)")
         _COMMANDS[name].run(self, argument)
         return False
 
     def _answer(self, text: str) -> None:
         gone = self.session.trimmed_turns
-        _write_answer(self.session, text, self.output)
+        with _interrupt_stops(self.session) if self.input.isatty() else nullcontext():
+            _write_answer(self.session, text, self.output)
         gone = self.session.trimmed_turns - gone
         if gone:
             self._notice(f"[the oldest {gone} turns no longer fit into the context of {self.session.context} tokens]")
@@ -177,7 +184,9 @@ class _Chat:
     def help(self, argument: str) -> None:
         for command in _COMMANDS.values():
             self._notice(f"{command.usage:<14}{command.does}")
-        self._notice("A line that ends with a backslash goes on in the next. A question that begins with / needs a space before it.")
+        self._notice(
+            "A line that ends with a backslash goes on in the next. A question that begins with / needs a space before it."
+        )
 
     def reset(self, argument: str) -> None:
         self.session.reset()
@@ -205,7 +214,9 @@ class _Chat:
             f"({stats.tokens_per_second:.1f} tokens/s); {ended}"
         )
         limit = f" of {self.session.context}" if self.session.context else ""
-        self._notice(f"conversation: {self.session.prompt_tokens()}{limit} tokens, {self.session.trimmed_turns} turns trimmed")
+        self._notice(
+            f"conversation: {self.session.prompt_tokens()}{limit} tokens, {self.session.trimmed_turns} turns trimmed"
+        )
 
     def _notice(self, line: str) -> None:
         self._write_notice(line + "\n")
@@ -222,10 +233,58 @@ class _Command:
 
 
 _COMMANDS = {
-    "help": _Command("/help", "this list", _Chat.help),
-    "reset": _Command("/reset", "forget the conversation, keep the system turn", _Chat.reset),
-    "system": _Command("/system TEXT", "start anew with this system turn", _Chat.system),
-    "save": _Command("/save FILE", "write the conversation as one line of JSONL", _Chat.save),
-    "stats": _Command("/stats", "tokens and speed of the last answer", _Chat.stats),
-    "exit": _Command("/exit", "leave; so does Ctrl-D", lambda chat, argument: None),
+    "/help": _Command("/help", "this list", _Chat.help),
+    "/reset": _Command("/reset", "forget the conversation, keep the system turn", _Chat.reset),
+    "/system": _Command("/system TEXT", "start anew with this system turn", _Chat.system),
+    "/save": _Command("/save FILE", "write the conversation as one line of JSONL", _Chat.save),
+    "/stats": _Command("/stats", "tokens and speed of the last answer", _Chat.stats),
+    "/exit": _Command("/exit", "leave; so does Ctrl-D", lambda chat, argument: None),
 }
+
+
+@contextmanager
+def _interrupt_stops(session: ChatSession) -> Iterator[None]:
+    """Ctrl-C ends the answer, a second one the chat. Only the main thread receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def stop(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        session.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write_answer(session: ChatSession, text: str, output: TextIO) -> None:
+    pieces = session.stream(text)
+    last = ""
+    with closing(pieces):
+        try:
+            for last in printable_pieces(pieces):
+                _write(output, last)
+        finally:  # what comes next begins on a line of its own
+            if not last.endswith("\n"):
+                _write(output, "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:  # a terminal of another encoding than UTF-8
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, errors="replace").decode(encoding))
+    stream.flush()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(printable(str(error)).split())
+    return text if isinstance(error, CourseError) else f"the model failed: {type(error).__name__}: {text}"

@@ -60,7 +60,7 @@ def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
     The template writes every special token itself, hence `add_special_tokens=False`: no second BOS.
     """
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     answer_of: list[int | None] = []
     spans = iter(enumerate(rendered.answers))
     number, (start, end) = next(spans, (None, (len(rendered.text) + 1, len(rendered.text) + 1)))
@@ -83,7 +83,7 @@ def _encode_in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
     position = 0
     for number, (start, end) in [*enumerate(rendered.answers), (None, (len(rendered.text), len(rendered.text)))]:
         for text, answer in ((rendered.text[position:start], None), (rendered.text[start:end], number)):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
             input_ids += ids
             answer_of += [answer] * len(ids)
         position = end

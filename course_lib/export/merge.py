@@ -6,17 +6,18 @@ An adapter trained on a quantised base was fitted to the rounded weights, so W i
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from course_lib.errors import CourseError, InputError, did_you_mean
+from course_lib.errors import CourseError, InputError
 from course_lib.files import atomic_folder, file_to_write, read_text
 from course_lib.models import check_adapter, model_folder
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: safetensors' name
 FLOAT_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-OTHER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES = {**FLOAT_SIZES, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 # Files of the base that would be wrong beside the merged weights: they tell of another origin, or of an adapter to load.
@@ -39,8 +40,7 @@ NOT_PLAIN = (
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """One tensor of the base on disk; `dtype` is safetensors' name for it, such as BF16."""
 
     file: Path
@@ -48,26 +48,24 @@ class Stored:
     dtype: str
 
 
-@dataclass
-class Structure:
-    """What only the model's code knows, in the model's own names, which may differ from those on disk."""
+class Structure(NamedTuple):
+    """What only the model's code knows, as tensor names on disk."""
 
-    tied: set[str] = field(default_factory=set)  # parameters that share memory with another one
-    conv1d: set[str] | None = None  # modules whose weight is (in, out), as in GPT-2; None when not known
-    quantised: set[str] = field(default_factory=set)  # modules whose weight bitsandbytes quantised
+    tied: set[str]  # tensors that serve as embedding and as output head; those not on disk by the model's name
+    conv1d: set[str] | None  # weights that are (in, out), as in GPT-2; None when not known
+    quantised: set[str]  # weights that bitsandbytes quantised under the adapter
 
 
 @dataclass
 class Change:
-    """What happens to one tensor of the base. `a` (r, in), `b` (out, r), `bias` and `saved` are names of the adapter's tensors."""
+    """What the adapter does to one tensor of the base."""
 
+    a: torch.Tensor | None = None  # (r, in)
+    b: torch.Tensor | None = None  # (out, r)
     scaling: float = 1.0
-    transposed: bool = False  # the tensor is (in, out)
-    quantised: bool = False
-    a: str | None = None
-    b: str | None = None
-    bias: str | None = None  # lora_B's own bias, added to the layer's
-    saved: str | None = None  # trained whole (modules_to_save, biases): takes the tensor's place
+    transposed: bool = False  # the base's tensor is (in, out)
+    bias: torch.Tensor | None = None  # lora_B's own bias, added to the layer's
+    saved: torch.Tensor | None = None  # trained whole (modules_to_save, biases): takes the tensor's place
 
 
 def merge(
@@ -97,46 +95,46 @@ def merge(
             the base is not in safetensors or is stored quantised; `out` exists or overlaps base or adapter; a wrong option.
         CourseError: the disk is full (an older `out` is as it was), a sum is not finite in `dtype`, or fetching the base failed.
     """
-    base_folder, adapter_folder, target = (
-        model_folder(base),
-        Path(adapter).expanduser(),
-        Path(out).expanduser().resolve(),
-    )
-    check_adapter(adapter_folder, base_folder)
+    base, adapter, target = model_folder(base), Path(adapter).expanduser(), Path(out).expanduser().resolve()
+    check_adapter(adapter, base)
     if dtype not in ("auto", *OUTPUT_DTYPES):
-        near = did_you_mean(dtype, OUTPUT_DTYPES)
-        raise InputError(f"dtype {dtype!r} is unknown: choose auto, {', '.join(OUTPUT_DTYPES)}{near}")
+        raise InputError(f"dtype {dtype!r} is unknown: choose auto, {', '.join(OUTPUT_DTYPES)}")
     limit = _parse_size(max_shard_size)
-    _check_out(target, [base_folder, adapter_folder], overwrite=overwrite)
-    lora = _read_json(adapter_folder / "adapter_config.json")
-    _check_plain_lora(lora, adapter_folder)
-    record = _read_json(adapter_folder / "course.json") if (adapter_folder / "course.json").is_file() else {}
-    config = _read_json(base_folder / "config.json")
-    stored = _stored_tensors(base_folder, quantised="quantization_config" in config)
-    structure = _structure(base_folder, config, stored, record, trust_remote_code=trust_remote_code)
-    changes = _changes(adapter_folder, lora, stored, structure, base_folder)
+    _check_out(target, [base, adapter], overwrite=overwrite)
+    lora = _read_json(adapter / "adapter_config.json")
+    _check_plain_lora(lora, adapter)
+    record = _read_json(adapter / "course.json") if (adapter / "course.json").is_file() else {}
+    config = _read_json(base / "config.json")
+    stored = _stored_tensors(base, quantised="quantization_config" in config)
+    structure = _structure(base, config, stored, record, trust_remote_code=trust_remote_code)
 
+    import torch
     from safetensors.torch import save_file
 
     shards = _plan_shards(stored, dtype, limit)
-    sizes = {name: size for shard in shards for name, size in shard.items()}
-    total, done, weight_map = sum(sizes.values()), 0, {}
+    total, done, weight_map = sum(size for shard in shards for size in shard.values()), 0, {}
+    with _open(
+        adapter / "adapter_model.safetensors"
+    ) as trained:  # its tensors stay mapped from the file while they are used
+        changes = _changes(adapter, trained, lora, stored, structure)
     with atomic_folder(target) as folder:
-        if shutil.disk_usage(folder).free < total:
-            raise OSError(28, "No space left on device")  # sooner than after minutes of work
-        _copy_side_files(base_folder, folder, config, dtype)
+        if shutil.disk_usage(folder).free < total:  # known sooner than after minutes of work
+            raise OSError(errno.ENOSPC, "No space left on device")
+        _copy_side_files(base, folder, config, dtype)
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors: dict[str, torch.Tensor] = {}
             # Opened anew for each shard: closing gives the mapped pages of the base back.
             with ExitStack() as stack:
                 opened = {path: stack.enter_context(_open(path)) for path in {stored[name].file for name in shard}}
-                trained = stack.enter_context(_open(adapter_folder / "adapter_model.safetensors"))
-                for name in shard:
-                    weight = opened[stored[name].file].get_tensor(name)
-                    tensors[name] = _merged_tensor(name, weight, changes.get(name), trained, record, dtype)
+                for name, size in shard.items():
+                    weight, change = opened[stored[name].file].get_tensor(name), changes.get(name, Change())
+                    final = getattr(torch, dtype) if dtype != "auto" and weight.is_floating_point() else weight.dtype
+                    if name in structure.quantised and change.saved is None:
+                        weight = _quantise_and_back(weight, record, transposed=name in (structure.conv1d or ()))
+                    tensors[name] = _merged_tensor(name, weight, change, final)
                     weight_map[name] = file
-                    done += sizes[name]
+                    done += size
                     if progress:
                         progress(done, total)
                 save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -146,28 +144,17 @@ def merge(
     return Path(out)
 
 
-def _merged_tensor(
-    name: str, weight: torch.Tensor, change: Change | None, trained: Any, record: dict[str, Any], dtype: str
-) -> torch.Tensor:
-    """Apply `change` to one tensor and cast it; `trained` is the adapter's open safetensors file."""
-    import torch
-
-    final = getattr(torch, dtype) if dtype != "auto" and weight.is_floating_point() else weight.dtype
-    result = weight
-    if change:
-        result = trained.get_tensor(change.saved) if change.saved else weight
-        if change.quantised and not change.saved:
-            result = _quantise_and_back(weight, record, transposed=change.transposed)
-        if change.a and change.b:
-            a, b = trained.get_tensor(change.a).float(), trained.get_tensor(change.b).float()
-            delta = (b @ a).mul_(change.scaling)
-            result = result.float() + (delta.T if change.transposed else delta)
-        if change.bias:
-            result = result.float() + trained.get_tensor(change.bias).float() * change.scaling
-    result = result.to(final).contiguous()
-    if result is not weight and result.is_floating_point() and not result.isfinite().all() and weight.isfinite().all():
+def _merged_tensor(name: str, weight: torch.Tensor, change: Change, dtype: torch.dtype) -> torch.Tensor:
+    result = weight if change.saved is None else change.saved
+    if change.a is not None and change.b is not None:
+        delta = (change.b.float() @ change.a.float()).mul_(change.scaling)
+        result = result.float() + (delta.T if change.transposed else delta)
+    if change.bias is not None:
+        result = result.float() + change.bias.float() * change.scaling
+    result = result.to(dtype).contiguous()
+    if result is not weight and not result.isfinite().all() and weight.isfinite().all():
         raise CourseError(
-            f"{name}: is not finite after merging as {final}: the adapter is damaged, or try dtype float32 or bfloat16"
+            f"{name}: not finite after merging as {dtype}; the adapter is damaged, or needs dtype float32"
         )
     return result
 
@@ -185,14 +172,14 @@ def _quantise_and_back(weight: torch.Tensor, record: dict[str, Any], *, transpos
     weight = weight.to(getattr(torch, compute) if compute in OUTPUT_DTYPES else torch.float32)
     weight = (weight.T if transposed else weight).contiguous()
     if record["dtype"] == "nf4":
-        packed, state = functional.quantize_4bit(
-            weight, compress_statistics=record.get("double_quant", True), quant_type="nf4"
+        double = record.get("double_quant", True)
+        result = functional.dequantize_4bit(
+            *functional.quantize_4bit(weight, compress_statistics=double, quant_type="nf4")
         )
-        result = functional.dequantize_4bit(packed, state).float()
     else:
         packed, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-        result = functional.int8_vectorwise_dequant(packed, scales).float()
-    return result.T if transposed else result
+        result = functional.int8_vectorwise_dequant(packed, scales)
+    return (result.T if transposed else result).float()
 
 
 def _structure(
@@ -201,15 +188,13 @@ def _structure(
     """Build the model without memory (torch's meta device) and look at it."""
     from transformers import CONFIG_MAPPING
 
-    quantised = record.get("dtype") in ("nf4", "int8")
+    quantised, dtype = set(), record.get("dtype")
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-        if quantised:
-            raise InputError(
-                f"{folder}: which layers were {record['dtype']} is known only to the model's code, Python in its folder; "
-                "read it, then ask for it with trust_remote_code"
-            )
-        heads = {name for name, tensor in stored.items() if tensor.shape[0] == config.get("vocab_size")}
-        return Structure(tied=heads | {"lm_head.weight"} if config.get("tie_word_embeddings") else set())
+        if dtype in ("nf4", "int8"):
+            reason = f"which layers were {dtype} is known only to the model's own code in that folder"
+            raise InputError(f"{folder}: {reason}; read it, then ask for it with trust_remote_code")
+        heads = {name for name, tensor in stored.items() if tensor.shape[:1] == [config.get("vocab_size")]}
+        return Structure(heads | {"lm_head.weight"} if config.get("tie_word_embeddings") else set(), None, set())
 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -224,11 +209,11 @@ def _structure(
     except Exception as error:  # wrong fields, code of another transformers version: each raises its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: no causal language model can be built from its config.json ({reason})") from error
-    structure = Structure(
-        tied=set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values()),
-        conv1d={name for name, module in model.named_modules() if isinstance(module, Conv1D)},
-    )
-    if quantised:
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    conv1d = {
+        _disk_name(f"{name}.weight", stored) for name, module in model.named_modules() if isinstance(module, Conv1D)
+    }
+    if dtype in ("nf4", "int8"):
         from bitsandbytes.nn import Linear4bit
         from transformers.integrations import replace_with_bnb_linear
         from transformers.quantizers.base import HfQuantizer
@@ -236,49 +221,42 @@ def _structure(
         # transformers' own choice of layers, the same for 4 and 8 bits: every linear layer but the output head.
         kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         replace_with_bnb_linear(model, kept, BitsAndBytesConfig(load_in_4bit=True))
-        structure.quantised = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    return structure
+        names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+        if missing := [name for name in names if _disk_name(name, stored) is None]:
+            raise InputError(
+                f"{folder}: {missing[0]} was {dtype} under the adapter, but the weights have no such tensor"
+            )
+        quantised = {_disk_name(name, stored) for name in names}
+    return Structure({_disk_name(name, stored) or name for name in tied}, conv1d, quantised)
 
 
 def _changes(
-    folder: Path, lora: dict[str, Any], stored: dict[str, Stored], structure: Structure, base: Path
+    adapter: Path, trained: Any, lora: dict[str, Any], stored: dict[str, Stored], structure: Structure
 ) -> dict[str, Change]:
-    """Collect what happens to each tensor of the base, by its name on disk, and check that it can."""
+    """Collect what the adapter does to each tensor of the base, by its name on disk, and check that it can. `trained` is its open file."""
     changes: dict[str, Change] = {}
-
-    def change_of(parameter: str, reason: str) -> Change:
-        if parameter in structure.tied:
-            raise InputError(
-                f"{folder}: changes {parameter}, but the model shares that tensor between its embedding and its output head, "
-                "so it cannot be merged; train without it, or on a model whose embeddings are not tied"
-            )
-        name = _disk_name(parameter, stored)
-        if name is None:
-            raise InputError(f"{folder}: {reason} is for {parameter}, but the weights of {base} have no such tensor")
-        return changes.setdefault(name, Change())
-
-    for module in structure.quantised:
-        change = change_of(f"{module}.weight", "its quantisation")
-        change.quantised, change.transposed = True, module in (structure.conv1d or ())
-    with _open(folder / "adapter_model.safetensors") as trained:
-        shapes = {name: trained.get_slice(name).get_shape() for name in trained.keys()}  # noqa: SIM118 (it is no mapping)
-    for name in shapes:
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:embedding_)?([AB])(\.weight|\.bias)?", name)
-        if not match:
-            parameter = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            change_of(parameter, name).saved = name
-            continue
-        module, side, part = match.groups()
-        change = change_of(f"{module}.bias" if part == ".bias" else f"{module}.weight", name)
-        setattr(change, "bias" if part == ".bias" else side.lower(), name)
-        change.scaling = _scaling(lora, module, shapes, folder)
-        # peft's flag tells of the layer that it wrapped, and over a quantised Conv1D that is a plain linear one.
-        conv1d = lora.get("fan_in_fan_out", False) if structure.conv1d is None else module in structure.conv1d
-        change.transposed = (
-            conv1d or "lora_embedding_" in name
-        )  # an embedding is (vocabulary, width): the width comes out
+    for key in trained.keys():  # noqa: SIM118 (it is no mapping)
+        lora_key = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight|\.bias)?", key)
+        if lora_key:
+            module, embedding, side, part = lora_key.groups()
+            parameter, role = (f"{module}.bias", "bias") if part == ".bias" else (f"{module}.weight", side.lower())
+        else:
+            parameter, role = key.removeprefix("base_model.model.").replace(".base_layer.", "."), "saved"
+        name = _disk_name(parameter, stored) or parameter
+        if name in structure.tied:
+            reason = f"changes {parameter}, but the model shares that tensor between its embedding and its output head"
+            raise InputError(f"{adapter}: {reason}; train without it, or on a model whose embeddings are not tied")
+        if name not in stored:
+            raise InputError(f"{adapter}: {key} is for {parameter}, but the base has no such tensor on disk")
+        change = changes.setdefault(name, Change())
+        setattr(change, role, trained.get_tensor(key))
+        if lora_key:
+            change.scaling = _scaling(lora, module)
+            # peft's flag tells of the layer that it wrapped: over a quantised Conv1D that is a plain linear one.
+            conv1d = lora.get("fan_in_fan_out", False) if structure.conv1d is None else name in structure.conv1d
+            change.transposed = bool(embedding) or conv1d  # an embedding is (vocabulary, width)
     for name, change in changes.items():
-        _check_shapes(name, change, stored[name].shape, shapes, folder)
+        _check_shapes(name, change, stored[name].shape, adapter)
     return changes
 
 
@@ -291,53 +269,39 @@ def _disk_name(parameter: str, stored: dict[str, Stored]) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def _scaling(lora: dict[str, Any], module: str, shapes: dict[str, list[int]], folder: Path) -> float:
+def _scaling(lora: dict[str, Any], module: str) -> float:
     """Return alpha / r, or alpha / sqrt(r) with rsLoRA. A pattern matches the end of a module's name, as in peft's `get_pattern_key`."""
 
     def setting(patterns: str, default: str) -> float:
-        for pattern, value in (lora.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return lora[default]
+        matching = (value for key, value in (lora.get(patterns) or {}).items() if re.match(rf"(.*\.)?({key})$", module))
+        return next(matching, lora[default])
 
     r, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
-    prefix = f"base_model.model.{module}.lora_"
-    actual = (shapes.get(f"{prefix}A.weight") or shapes.get(f"{prefix}embedding_A") or [r])[0]
-    if actual != r:
-        raise InputError(
-            f"{folder}: {module} has rank {actual}, but adapter_config.json says {r}; save the adapter again"
-        )
     return alpha / (sqrt(r) if lora.get("use_rslora") else r)
 
 
-def _check_shapes(name: str, change: Change, shape: list[int], shapes: dict[str, list[int]], folder: Path) -> None:
+def _check_shapes(name: str, change: Change, shape: list[int], adapter: Path) -> None:
     if (change.a is None) != (change.b is None):
-        raise InputError(
-            f"{folder}: has only {change.a or change.b} for {name}, half of a LoRA; save the adapter again"
-        )
-    found = [shapes[tensor] for tensor in (change.saved, change.bias) if tensor]
-    if change.a and change.b:
-        product = [shapes[change.b][0], *shapes[change.a][1:]]
+        raise InputError(f"{adapter}: has only one of the two LoRA matrices for {name}; save the adapter again")
+    found = [list(tensor.shape) for tensor in (change.saved, change.bias) if tensor is not None]
+    if change.a is not None and change.b is not None:
+        product = [change.b.shape[0], change.a.shape[1]] if change.b.shape[1:] == change.a.shape[:1] else []
         found.append(product[::-1] if change.transposed else product)
-    for wrong in [each for each in found if each != shape]:
-        raise InputError(
-            f"{folder}: changes {name} by a tensor of shape {wrong}, but the base's is {shape}; "
-            "it was trained on another model, or on one whose vocabulary was resized"
-        )
+    if wrong := [each for each in found if each != shape]:
+        reason = f"changes {name} by a tensor of shape {wrong[0]}, but the base's is {shape}"
+        raise InputError(f"{adapter}: {reason}; it is of another model, or of one whose vocabulary was resized")
 
 
 def _stored_tensors(folder: Path, *, quantised: bool) -> dict[str, Stored]:
-    """List the tensors of a model folder without reading them, in the order of its files, as transformers finds them."""
+    """List the tensors of a model folder without reading them, from the files that transformers would load."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     elif index.is_file():
         files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     elif list(folder.glob("*.bin")):
-        raise InputError(
-            f"{folder}: has its weights in pickled .bin files; convert them to safetensors first: load the model with "
-            "transformers' AutoModelForCausalLM.from_pretrained and save it with save_pretrained"
-        )
+        how = "load the model with AutoModelForCausalLM.from_pretrained and save it with save_pretrained"
+        raise InputError(f"{folder}: its weights are pickled .bin files; convert them to safetensors first: {how}")
     else:
         raise InputError(f"{folder}: holds neither model.safetensors nor its index; fetch or save the model again")
     stored: dict[str, Stored] = {}
@@ -346,10 +310,9 @@ def _stored_tensors(folder: Path, *, quantised: bool) -> dict[str, Stored]:
             for name in opened.keys():  # noqa: SIM118 (it is no mapping)
                 view = opened.get_slice(name)
                 stored[name] = Stored(file, view.get_shape(), view.get_dtype())
-                if stored[name].dtype not in (FLOAT_SIZES if quantised else FLOAT_SIZES | OTHER_SIZES):
-                    raise InputError(
-                        f"{folder}: stores {name} quantised ({stored[name].dtype}); merge into the model that it was made from"
-                    )
+                if stored[name].dtype not in (FLOAT_SIZES if quantised else SIZES):
+                    kind = f"stores {name} quantised ({stored[name].dtype})"
+                    raise InputError(f"{folder}: {kind}; merge into the model that it was quantised from")
     return stored
 
 
@@ -358,7 +321,7 @@ def _plan_shards(stored: dict[str, Stored], dtype: str, limit: int) -> list[dict
     shards: list[dict[str, int]] = [{}]
     for name, tensor in stored.items():
         final = OUTPUT_DTYPES.get(dtype, tensor.dtype) if tensor.dtype in FLOAT_SIZES else tensor.dtype
-        size = prod(tensor.shape) * (FLOAT_SIZES | OTHER_SIZES)[final]
+        size = prod(tensor.shape) * SIZES[final]
         if shards[-1] and sum(shards[-1].values()) + size > limit:
             shards.append({})
         shards[-1][name] = size
@@ -380,15 +343,13 @@ def _copy_side_files(base: Path, folder: Path, config: dict[str, Any], dtype: st
     (folder / "config.json").write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_plain_lora(lora: dict[str, Any], folder: Path) -> None:
+def _check_plain_lora(lora: dict[str, Any], adapter: Path) -> None:
     kinds = [] if lora.get("peft_type") == "LORA" else [f"of type {lora.get('peft_type')}"]
     kinds += [f"LoRA with {setting}" for setting in NOT_PLAIN if lora.get(setting)]
     if lora.get("init_lora_weights", True) not in PLAIN_STARTS:
         kinds.append(f"LoRA started from {lora['init_lora_weights']}")
     if kinds:
-        raise InputError(
-            f"{folder}: is {kinds[0]}, and only plain LoRA can be merged here; use peft's merge_and_unload"
-        )
+        raise InputError(f"{adapter}: is {kinds[0]}, and only plain LoRA is merged here; use peft's merge_and_unload")
 
 
 def _check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:

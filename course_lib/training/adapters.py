@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.errors import InputError, did_you_mean
-from course_lib.models import base_fingerprint
+from course_lib.models import base_fingerprint, catalogue
 from course_lib.recipe import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ def save_weights(model: PeftModel | PreTrainedModel, folder: Path, *, base_folde
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
+        # peft records the cache folder of this machine; others need the repository's name
+        known = catalogue().get(settings.name)
+        model.peft_config["default"].base_model_name_or_path = (known and known.hub) or settings.name
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty form; `course publish` makes the real card
     else:

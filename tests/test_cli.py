@@ -1,0 +1,219 @@
+"""The command line: bad input ends in one line and exit status 2, failed work in 1, and nothing is lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from course_lib import cli
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Course = Callable[..., Result]
+
+
+@pytest.fixture
+def course(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Course:
+    """Run `course …` in an empty folder, in this process: importing torch anew for each command would take minutes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_SCALE", "tiny")
+
+    def run(*arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> Result:
+        with monkeypatch.context() as patch:
+            for key, value in (env or {}).items():
+                patch.setenv(key, value)
+            patch.setattr(sys, "argv", ["course", *arguments])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            capfd.readouterr()
+            try:
+                cli.main()
+                status = 0
+            except SystemExit as ended:
+                status = ended.code or 0
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    rows = [{"instruction": f"q{number}", "output": "yes"} for number in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name": "tiny", "dtype": "float32"},
+                "lora": {"r": 2},
+                "data": {"path": "rows.json", "max_length": 128},
+                "training": {"max_steps": 2, "epochs": 2, "checkpoint_every": 1},
+            }
+        )
+    )
+    return path
+
+
+def refused(result: Result, said: str, status: int = 2) -> None:
+    """One line on stderr that says it, the exit status, nothing on stdout."""
+    assert result.returncode == status, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("course:")]
+    assert len(lines) == 1, result.stderr
+    assert said in lines[0]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "rows.json: no such file"),
+        ("", "rows.json: is empty"),
+        ('[{"instruction": "a", "output": "b"},\n {"instruction": }]', "broken JSON at line 2, column 18"),
+        ('[{"instruction": "a"}]', "rows.json: row 1: row has no 'output'"),
+        ('[{"messages": [{"role": "robot", "content": "x"}]}]', "row 1: message 1: unknown role 'robot'"),
+        (b'[{"instruction": "caf\xe9", "output": "b"}]', "not UTF-8: byte 0xE9 at line 1, column 22"),
+        ('[{"a": 1}]', "row 1: no known format"),
+    ],
+)
+def test_bad_data(course: Course, recipe_file: Path, content: str | bytes | None, said: str) -> None:
+    rows = recipe_file.parent / "rows.json"
+    rows.unlink()
+    if content is not None:
+        rows.write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(course("train", "my.yaml"), said)
+    assert not (recipe_file.parent / "work_dirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lora.r=0", "lora.r = 0"),
+        ("training.lr=-1", "training.lr = -1"),
+        ("training.learn_rate=1", "unknown key 'training.learn_rate'"),
+        ("model.name=qwen2.5-7b-instuct", "did you mean qwen2.5-7b-instruct"),
+        ("model.template=chatmll", "did you mean chatml"),
+        ("data.format=alpacca", "did you mean alpaca"),
+        ("lora.targets=[q_prog]", "did you mean q_proj"),
+    ],
+)
+def test_bad_recipes(course: Course, recipe_file: Path, override: str, said: str) -> None:
+    refused(course("train", "my.yaml", "--set", override), said)
+    assert not (recipe_file.parent / "work_dirs").exists()
+
+
+def test_unknown_recipe_and_model(course: Course) -> None:
+    refused(course("train", "smollm2_135m_lora_alpaca"), "did you mean smollm2_135m_lora_alpaca_512_e1")
+    refused(course("chat", "smollm2-135m-instrct", "--once", "hi"), "did you mean smollm2-135m-instruct")
+    refused(course("models", "fetch", "nothing-like-it"), "model 'nothing-like-it' is unknown")
+    refused(course("chat", "./absent", "--once", "hi"), "no such folder")
+
+
+def test_no_network_and_nothing_cached(course: Course, tmp_path: Path) -> None:
+    env = {"COURSE_HOME": str(tmp_path / "empty"), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}
+    refused(course("models", "fetch", "smollm2-135m-instruct", env=env), "pip cannot find the wheel", status=1)
+
+
+def test_train_merge_chat_and_every_refusal_on_the_way(course: Course, recipe_file: Path) -> None:
+    folder = recipe_file.parent
+    trained = course("train", "my.yaml")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.strip() == "work_dirs/my/adapter"
+    assert "4 rows read, 4 kept" in trained.stderr
+    assert (folder / "work_dirs/my/loss.png").stat().st_size > 5_000
+    refused(course("train", "my.yaml"), "already holds a run")
+    resumed = course("train", "my.yaml", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+    merged = course("merge", "tiny", "work_dirs/my/adapter", "merged")
+    assert merged.returncode == 0, merged.stderr
+    assert merged.stdout.strip() == "merged"
+    before = (folder / "merged/model.safetensors").read_bytes()
+    refused(course("merge", "tiny", "work_dirs/my/adapter", "merged"), "merged")
+    refused(course("merge", "tiny", "absent", "other"), "absent")
+    assert (folder / "merged/model.safetensors").read_bytes() == before
+
+    once = course("chat", "merged", "--once", "hi", "--max-new-tokens", "4")
+    assert once.returncode == 0, once.stderr
+    with_adapter = course("chat", "tiny", "--adapter", "work_dirs/my/adapter", "--max-new-tokens", "4", stdin="hi\n/exit\n")
+    assert with_adapter.returncode == 0, with_adapter.stderr
+    refused(course("chat", "tiny", "--bits", "3", "--once", "hi"), "choose 4 or 8")
+    refused(course("chat", "tiny", "--adapter", "absent", "--once", "hi"), "absent")
+    refused(course("chat", "tiny", "--temperature", "-1", "--once", "hi"), "temperature")
+    refused(course("chat", "tiny", "--once", " "), "empty")
+
+
+def test_an_adapter_of_another_base_is_refused(course: Course, recipe_file: Path) -> None:
+    assert course("train", "my.yaml").returncode == 0
+    record = recipe_file.parent / "work_dirs/my/adapter/course.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"base": "another", "base_fingerprint": "0" * 16}))
+    refused(course("chat", "tiny", "--adapter", "work_dirs/my/adapter", "--once", "hi"), "was trained on another")
+    refused(course("merge", "tiny", "work_dirs/my/adapter", "merged"), "was trained on another")
+    assert not (recipe_file.parent / "merged").exists()
+
+
+def test_recipes_list_show_copy(course: Course, tmp_path: Path) -> None:
+    listed = course("recipes", "list", "-p", "alpaca")
+    names = listed.stdout.split()
+    assert names
+    assert all("alpaca" in name for name in names)
+    shown = course("recipes", "show", names[0], "--set", "training.lr=0.5")
+    assert yaml.safe_load(shown.stdout)["training"]["lr"] == 0.5
+    assert course("recipes", "copy", names[0]).returncode == 0
+    refused(course("recipes", "copy", names[0]), "already exists")
+    assert course("recipes", "list", "-p", "zzz").stdout == ""
+
+
+def test_models_list_is_readable_by_a_script(course: Course) -> None:
+    models = json.loads(course("models", "list", "--json").stdout)
+    assert {"name", "parameters", "licence", "template", "languages", "cached"} <= models[0].keys()
+    assert "smollm2-135m-instruct" in course("models", "list").stdout
+
+
+def test_doctor_finds_no_fault_here(course: Course) -> None:
+    result = course("doctor", "--json")
+    checks = json.loads(result.stdout)
+    assert result.returncode == 0, checks
+    assert {check["name"] for check in checks} >= {"Python", "torch", "memory", "disk", "4-bit weights"}
+    assert "Python" in course("doctor").stdout
+
+
+def test_quickstart_at_the_tiny_scale(course: Course, tmp_path: Path) -> None:
+    result = course("quickstart", "--name", "Grace", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["name"] == "Grace"
+    assert len(report["answers"]) == 6
+    assert (tmp_path / report["merged"] / "model.safetensors").exists()
+    again = course("quickstart", "--name", "Grace")
+    assert again.returncode == 0, again.stderr
+    assert "Before and after" in again.stdout
+    refused(course("quickstart", "--name", "a\nb"), "cannot be used")
+    refused(course("quickstart", "--scale", "huge"), "choose tiny, cpu or gpu")
+
+
+def test_the_console_script_reports_an_error_in_one_line(tmp_path: Path) -> None:
+    """In a process of its own, as a user starts it."""
+    script = Path(sys.executable).with_name("course")
+    ended = subprocess.run([script, "train", "absent.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("course: absent.yaml: no such file")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_importing_the_library_is_quick() -> None:
+    code = "import time; t = time.perf_counter(); import course_lib, course_lib.cli, sys; assert 'torch' not in sys.modules; print(time.perf_counter() - t)"
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(imported.stdout) < 1.0
