@@ -49,8 +49,18 @@ def recipe(data_path: str, rows: int, *, packing: str) -> Recipe:
         {
             "model": {"name": "smollm2-135m-instruct", "dtype": "float32"},
             "lora": {"r": 16, "alpha": 32},
-            "data": {"path": data_path, "max_rows": rows, "max_length": 1024 if packing == "best-fit" else 512, "packing": packing},
-            "training": {"batch_size": 1 if packing == "best-fit" else BATCH_SIZE, "lr": LEARNING_RATE, "schedule": "constant", "warmup_ratio": 0},
+            "data": {
+                "path": data_path,
+                "max_rows": rows,
+                "max_length": 1024 if packing == "best-fit" else 512,
+                "packing": packing,
+            },
+            "training": {
+                "batch_size": 1 if packing == "best-fit" else BATCH_SIZE,
+                "lr": LEARNING_RATE,
+                "schedule": "constant",
+                "warmup_ratio": 0,
+            },
         }
     )
 
@@ -120,7 +130,10 @@ def time_trainer(settings: Recipe) -> dict[str, Any]:
         )
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
         trainer.train()
-    return {"seconds": clock.end - clock.start, "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+    return {
+        "seconds": clock.end - clock.start,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
 
 
 def compare(ours: Recipe, theirs: Recipe, pairs: int) -> dict[str, Any]:
@@ -135,7 +148,12 @@ def compare(ours: Recipe, theirs: Recipe, pairs: int) -> dict[str, Any]:
         measured.append({"order": order, **pair})
         print(f"pair {number + 1}: ours {pair['ours']['seconds']:.1f} s, Trainer {pair['trainer']['seconds']:.1f} s")
     ratios = [pair["trainer"]["seconds"] / pair["ours"]["seconds"] for pair in measured]
-    return {"ratio_median": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "pairs": measured}
+    return {
+        "ratio_median": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": measured,
+    }
 
 
 def main() -> None:
@@ -150,7 +168,12 @@ def main() -> None:
     plain = recipe(arguments.data, arguments.rows, packing="none")
     packed = recipe(arguments.data, arguments.rows, packing="best-fit")
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "rows": arguments.rows,
         "no packing": compare(plain, plain, arguments.pairs),
@@ -158,7 +181,9 @@ def main() -> None:
     }
     for setting in ("no packing", "packing"):
         part = result[setting]
-        print(f"{setting}: {part['ratio_median']:.2f} times Trainer's speed (from {part['ratio_min']:.2f} to {part['ratio_max']:.2f} in {arguments.pairs} pairs)")
+        print(
+            f"{setting}: {part['ratio_median']:.2f} times Trainer's speed (from {part['ratio_min']:.2f} to {part['ratio_max']:.2f} in {arguments.pairs} pairs)"
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -30,9 +31,15 @@ _NAMES = {
 }
 __all__ = sorted(_NAMES)
 
+# OpenMP threads that wait spin for a while. On cores shared with other programs a long spin keeps the other thread from
+# working: training ran at a third of its speed. A short one costs nothing on idle cores. Read when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 # said by libraries at every start, about nothing a user of this one can change
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in record.getMessage())
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "kernels-community" not in record.getMessage()
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,15 +16,24 @@ from rich.table import Table
 
 from course_lib.errors import CourseError, InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Fine-tune, merge and chat with language models, on a laptop or a GPU.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune, merge and chat with language models, on a laptop or a GPU.",
+)
 models_app = typer.Typer(no_args_is_help=True, help="The models the course knows.")
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 
-ScaleOption = Annotated[str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")]
+ScaleOption = Annotated[
+    str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a recipe key; may be given several times")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a recipe key; may be given several times")
+]
 
 
 @app.command()
@@ -40,12 +49,18 @@ def quickstart(
 
     with TerminalProgress() as progress:
         result = quickstart(
-            name=name, scale=scale, work_dir=work_dir, listeners=[progress], say=lambda line: progress.console.print(line, highlight=False)
+            name=name,
+            scale=scale,
+            work_dir=work_dir,
+            listeners=[progress],
+            say=lambda line: progress.console.print(line, highlight=False),
         )
     if as_json:
         print((work_dir / "quickstart.json").read_text(encoding="utf-8"), end="")
         return
-    table = Table(title=f"Before and after fine-tuning ({result.seconds['train']:.0f} s of training)", title_justify="left")
+    table = Table(
+        title=f"Before and after fine-tuning ({result.seconds['train']:.0f} s of training)", title_justify="left"
+    )
     table.add_column("question", ratio=3)
     table.add_column("before", ratio=4)
     table.add_column("after", ratio=4)
@@ -54,7 +69,11 @@ def quickstart(
         table.add_row(question + seen, " ".join(before.split()), " ".join(after.split()), end_section=True)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table, markup=False)
-    console.print(f"adapter     {result.adapter}\nmerged      {result.merged}\nloss curve  {result.loss_curve}", highlight=False, soft_wrap=True)
+    console.print(
+        f"adapter     {result.adapter}\nmerged      {result.merged}\nloss curve  {result.loss_curve}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"talk to it  course chat {result.merged}", highlight=False, soft_wrap=True)
 
 
@@ -70,7 +89,11 @@ def doctor(as_json: JsonOption = False) -> None:
         console = Console(width=None if sys.stdout.isatty() else 120)
         table = Table(box=None, pad_edge=False, show_header=False)
         for check in checks:
-            table.add_row({"ok": "[green]ok[/]", "absent": "[dim]--[/]", "fault": "[bold red]FAULT[/]"}[check.state], check.name, check.finding)
+            table.add_row(
+                {"ok": "[green]ok[/]", "absent": "[dim]--[/]", "fault": "[bold red]FAULT[/]"}[check.state],
+                check.name,
+                check.finding,
+            )
             if check.remedy:
                 table.add_row("", "", f"[italic]{check.remedy}[/]")
         console.print(table)
@@ -94,7 +117,9 @@ def models_list(as_json: JsonOption = False) -> None:
         table.add_column(column, no_wrap=column in ("name", "here"))
     for info in infos:
         languages = ", ".join(info.languages[:4]) + (" …" if len(info.languages) > 4 else "")
-        table.add_row(info.name, info.parameters, info.licence, info.template, languages, "yes" if is_cached(info.name) else "")
+        table.add_row(
+            info.name, info.parameters, info.licence, info.template, languages, "yes" if is_cached(info.name) else ""
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
@@ -111,7 +136,8 @@ def models_fetch(
 
 @recipes_app.command("list")
 def recipes_list(
-    pattern: Annotated[str, typer.Option("-p", "--pattern", help="only names that contain this")] = "", as_json: JsonOption = False
+    pattern: Annotated[str, typer.Option("-p", "--pattern", help="only names that contain this")] = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Names of the shipped recipes."""
     from course_lib.recipe import load_recipe, recipe_names
@@ -120,7 +146,10 @@ def recipes_list(
     if as_json:
         _print_json([{"name": name, "description": load_recipe(name).description} for name in names])
     else:
-        print("\n".join(names) if names else f"no recipe's name contains {pattern!r}", file=sys.stdout if names else sys.stderr)
+        print(
+            "\n".join(names) if names else f"no recipe's name contains {pattern!r}",
+            file=sys.stdout if names else sys.stderr,
+        )
 
 
 @recipes_app.command("show")
@@ -132,7 +161,7 @@ def recipes_show(name: str, overrides: SetOption = None) -> None:
 
 
 @recipes_app.command("copy")
-def recipes_copy(name: str, folder: Annotated[Path, typer.Argument()] = Path(".")) -> None:
+def recipes_copy(name: str, folder: Annotated[Path, typer.Argument()] = Path()) -> None:
     """Copy a recipe, comments and all, to edit it."""
     from course_lib.recipe import copy_recipe
 
@@ -182,16 +211,21 @@ def chat(
     bits: Annotated[int | None, typer.Option(help="load the model in 4 or 8 bits")] = None,
     template: Annotated[str, typer.Option(help="chat template; auto takes the model's own")] = "auto",
     system: Annotated[str, typer.Option(help="system prompt")] = "",
-    once: Annotated[str | None, typer.Option("--once", metavar="TEXT", help="answer one question on stdout and end")] = None,
+    once: Annotated[
+        str | None, typer.Option("--once", metavar="TEXT", help="answer one question on stdout and end")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token")] = 0.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 means no limit")] = 0,
     repetition_penalty: Annotated[float, typer.Option()] = 1.0,
     max_new_tokens: Annotated[int, typer.Option()] = 512,
     seed: Annotated[int | None, typer.Option(help="makes sampled answers repeatable")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the Python code in the model's folder")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the Python code in the model's folder")
+    ] = False,
 ) -> None:
     """Talk to a model: streams its answers; reads questions from standard input where that is no terminal."""
+    from course_lib.adapter_record import read_record
     from course_lib.chat.session import ChatSession, SamplingSettings
     from course_lib.chat.terminal import answer_once, chat_terminal
 
@@ -199,11 +233,18 @@ def chat(
     if bits not in dtypes:
         raise InputError(f"--bits {bits}: choose 4 or 8")
     sampling = SamplingSettings(
-        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, max_new_tokens=max_new_tokens, seed=seed
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
     )
     from course_lib.models import load_model
 
     loaded, tokenizer = load_model(model, dtype=dtypes[bits], adapter=adapter, trust_remote_code=trust_remote_code)
+    if template == "auto" and adapter is not None:
+        template = read_record(adapter).get("template", "auto")  # the one it was trained with
     session = ChatSession(loaded, tokenizer, template=template, system=system, sampling=sampling)
     if once is not None:
         answer_once(session, once)

@@ -27,27 +27,53 @@ class Check:
 
 
 # package -> supported versions (from, below), as in pyproject.toml
-_SUPPORTED = {"torch": ("2.11", "2.15"), "transformers": ("5.17", "5.24"), "peft": ("0.21", "0.22"), "accelerate": ("1.15", "2"), "bitsandbytes": ("0.50", "0.51")}
+_SUPPORTED = {
+    "torch": ("2.11", "2.15"),
+    "transformers": ("5.17", "5.24"),
+    "peft": ("0.21", "0.22"),
+    "accelerate": ("1.15", "2"),
+    "bitsandbytes": ("0.50", "0.51"),
+}
 _NEEDED_DISK = 2e9  # bytes: the embedded model twice, and a run
 _NEEDED_MEMORY = 4e9
 
 
 def examine() -> list[Check]:
     """Run every check; one that breaks is reported as a fault, not raised."""
-    parts: list[Callable[[], list[Check]]] = [_python, _packages, _processor, _memory, _gpu, _disk, _embedded_model, _quantisation, _notebooks, _optional]
+    parts: list[Callable[[], list[Check]]] = [
+        _python,
+        _packages,
+        _processor,
+        _memory,
+        _gpu,
+        _disk,
+        _embedded_model,
+        _quantisation,
+        _notebooks,
+        _optional,
+    ]
     checks: list[Check] = []
     for part in parts:
         try:
             checks += part()
         except Exception as error:
-            checks.append(Check(part.__name__.strip("_"), "fault", f"the check itself failed: {type(error).__name__}: {error}"))
+            checks.append(
+                Check(part.__name__.strip("_"), "fault", f"the check itself failed: {type(error).__name__}: {error}")
+            )
     return checks
 
 
 def _python() -> list[Check]:
     version = platform.python_version()
     good = sys.version_info >= (3, 11)
-    return [Check("Python", "ok" if good else "fault", f"{version} on {platform.system()} {platform.machine()}", "" if good else "install Python 3.11 or newer")]
+    return [
+        Check(
+            "Python",
+            "ok" if good else "fault",
+            f"{version} on {platform.system()} {platform.machine()}",
+            "" if good else "install Python 3.11 or newer",
+        )
+    ]
 
 
 def _packages() -> list[Check]:
@@ -72,7 +98,14 @@ def _processor() -> list[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     remedy = "more threads than cores: set OMP_NUM_THREADS to the number of cores" if threads > cores else ""
-    return [Check("processor", "ok", f"{cores} cores, torch uses {threads} threads, {torch.backends.cpu.get_cpu_capability()}", remedy)]
+    return [
+        Check(
+            "processor",
+            "ok",
+            f"{cores} cores, torch uses {threads} threads, {torch.backends.cpu.get_cpu_capability()}",
+            remedy,
+        )
+    ]
 
 
 def _memory() -> list[Check]:
@@ -80,20 +113,42 @@ def _memory() -> list[Check]:
 
     memory = psutil.virtual_memory()
     good = memory.available >= _NEEDED_MEMORY
-    remedy = "" if good else f"training the embedded model takes about {_NEEDED_MEMORY / 1e9:.0f} GB: close other programs"
-    return [Check("memory", "ok" if good else "fault", f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB", remedy)]
+    remedy = (
+        "" if good else f"training the embedded model takes about {_NEEDED_MEMORY / 1e9:.0f} GB: close other programs"
+    )
+    return [
+        Check(
+            "memory",
+            "ok" if good else "fault",
+            f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB",
+            remedy,
+        )
+    ]
 
 
 def _gpu() -> list[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        return [Check("GPU", "absent", "none: scale cpu, with the embedded 135M model", "for 7B models, an NVIDIA GPU with 8 GB or more")]
+        return [
+            Check(
+                "GPU",
+                "absent",
+                "none: scale cpu, with the embedded 135M model",
+                "for 7B models, an NVIDIA GPU with 8 GB or more",
+            )
+        ]
     checks = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-        checks.append(Check(f"GPU {index}", "ok", f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {precision}, CUDA {torch.version.cuda}"))
+        checks.append(
+            Check(
+                f"GPU {index}",
+                "ok",
+                f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {precision}, CUDA {torch.version.cuda}",
+            )
+        )
     return checks
 
 
@@ -105,8 +160,12 @@ def _disk() -> list[Check]:
     free = shutil.disk_usage(folder).free
     writable = os.access(folder, os.W_OK)
     good = free >= _NEEDED_DISK and writable
-    finding = f"{free / 1e9:.0f} GB free, models are kept in {folder}" + ("" if writable else ", which cannot be written")
-    return [Check("disk", "ok" if good else "fault", finding, "" if good else "set COURSE_HOME to a folder with 2 GB free")]
+    finding = f"{free / 1e9:.0f} GB free, models are kept in {folder}" + (
+        "" if writable else ", which cannot be written"
+    )
+    return [
+        Check("disk", "ok" if good else "fault", finding, "" if good else "set COURSE_HOME to a folder with 2 GB free")
+    ]
 
 
 def _embedded_model() -> list[Check]:
@@ -116,7 +175,9 @@ def _embedded_model() -> list[Check]:
     name = DEFAULT_MODEL["cpu"]
     if is_cached(name):
         return [Check("embedded model", "ok", f"{name} is here; everything at scale cpu works offline")]
-    return [Check("embedded model", "absent", f"{name} is not fetched yet (93 MB, once)", f"course models fetch {name}")]
+    return [
+        Check("embedded model", "absent", f"{name} is not fetched yet (93 MB, once)", f"course models fetch {name}")
+    ]
 
 
 def _quantisation() -> list[Check]:
@@ -128,7 +189,14 @@ def _quantisation() -> list[Check]:
     packed, state = functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
     error = (functional.dequantize_4bit(packed, state) - weights).abs().max().item()
     good = error < 0.2  # half the widest gap between NF4's sixteen levels is about 0.15
-    return [Check("4-bit weights", "ok" if good else "fault", f"NF4 works on {device}", "" if good else "reinstall bitsandbytes: pip install -c constraints.txt -e .")]
+    return [
+        Check(
+            "4-bit weights",
+            "ok" if good else "fault",
+            f"NF4 works on {device}",
+            "" if good else "reinstall bitsandbytes: pip install -c constraints.txt -e .",
+        )
+    ]
 
 
 def _notebooks() -> list[Check]:
@@ -140,7 +208,11 @@ def _notebooks() -> list[Check]:
 
 
 def _optional() -> list[Check]:
-    gains = {"flash-attn": "faster attention on a GPU", "deepspeed": "ZeRO over several GPUs", "modelscope": "models from ModelScope"}
+    gains = {
+        "flash-attn": "faster attention on a GPU",
+        "deepspeed": "ZeRO over several GPUs",
+        "modelscope": "models from ModelScope",
+    }
     checks = []
     for package, gain in gains.items():
         try:
@@ -148,4 +220,3 @@ def _optional() -> list[Check]:
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(package, "absent", f"optional: {gain}"))
     return checks
-

@@ -26,7 +26,10 @@ def held_out_loss(model: PreTrainedModel, examples: Sequence[Example], *, batch_
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
     total, count = 0.0, 0
     for start in range(0, len(by_length), batch_size):
-        batch = {name: value.to(model.device) for name, value in pad(by_length[start : start + batch_size], pad_token_id=0).items()}
+        batch = {
+            name: value.to(model.device)
+            for name, value in pad(by_length[start : start + batch_size], pad_token_id=0).items()
+        }
         total += supervised_loss(model, batch).item()
         count += trained_tokens(batch)
     return total / count

@@ -7,11 +7,13 @@ A write goes to a temporary name beside its target and is renamed over it only w
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from course_lib.errors import CourseError, InputError
 
@@ -45,6 +47,21 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise InputError(f"{path}: is empty; it should hold at least one row")
     return text
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object, such as a model's config.json.
+
+    Raises:
+        InputError: as `read_text`; or the file is no JSON (line), or holds something else.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: is no JSON (line {error.lineno}: {error.msg}); save or fetch it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}, not an object; save or fetch it again")
+    return value
 
 
 @contextmanager
@@ -122,7 +139,7 @@ def _save_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC or "No space left" in str(error):
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
             free = shutil.disk_usage(_existing(path)).free / 1e6
             raise CourseError(
                 f"{path}: the disk is full ({free:.0f} MB free) and the file was not written; "

@@ -6,8 +6,6 @@ How a model comes into the cache is in `course_lib.fetch`.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import logging
 import os
 import re
@@ -17,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from course_lib import fetch as fetching
+from course_lib.adapter_record import check_adapter, weight_files
 from course_lib.errors import CourseError, InputError, did_you_mean
-from course_lib.files import read_text
+from course_lib.files import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,13 +26,6 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
 
 QUIET_BELOW_BYTES = 2_000_000_000  # larger models take long enough to load that a progress bar is wanted
-EMBEDDING_NAMES = (
-    "embed_tokens.weight",
-    "tok_embeddings.weight",
-    "word_embeddings.weight",
-    "wte.weight",
-    "embed_in.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -182,7 +174,7 @@ def load_model(
     _check_choice("dtype", dtype, get_args(Dtype))
     _check_choice("compute_dtype", compute_dtype or "float32", ("float32", "bfloat16", "float16"))
     folder = model_folder(name_or_path)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if adapter is not None:
         check_adapter(adapter, folder)
 
@@ -240,114 +232,6 @@ def load_model(
     return model, tokenizer
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """Return a model folder's weight files: its safetensors, else its pickled `pytorch_model*.bin`.
-
-    Raises:
-        InputError: there are none.
-    """
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
-    if not files:
-        raise InputError(f"{folder}: holds no *.safetensors; fetch or save the model again")
-    return files
-
-
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{option} {value!r} is unknown: choose {', '.join(choices)}{did_you_mean(value, choices)}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: is no JSON (line {error.lineno}: {error.msg}); save or fetch it again") from error
-
-
-def base_fingerprint(folder: str | Path) -> str:
-    """Return 16 hex digits that identify a base model, however its weights are saved (float32, bfloat16, float16; any sharding).
-
-    sha256 over four fields of config.json and over 16 rows, spread over the vocabulary, by 16 columns of the embedding matrix,
-    rounded to bfloat16. Only these values are read. A model trained in float32 and then saved in float16 may get another one.
-
-    Raises:
-        InputError: config.json or the weights are missing, or no embedding matrix is found in them.
-    """
-    import torch
-
-    folder = Path(folder)
-    config = _read_json(folder / "config.json")
-    tensors = _tensors(folder)
-    name = next((name for suffix in EMBEDDING_NAMES for name in tensors if name.endswith(suffix)), None)
-    if name is None:
-        raise InputError(f"{folder}: no embedding matrix in the weights (looked for {', '.join(EMBEDDING_NAMES)})")
-    rows = _shape(tensors[name])[0]
-    picked = [index * (rows - 1) // 15 for index in range(16)]
-    sample = torch.cat([tensors[name][row : row + 1, :16] for row in picked]).to(torch.bfloat16).to(torch.float32)
-    # Below 2^-14 float16 loses digits that bfloat16 keeps; 2^-13 leaves room for its rounding up.
-    sample[sample.abs() < 2.0**-13] = 0.0
-    fields = [config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")]
-    return hashlib.sha256(json.dumps(fields).encode() + sample.numpy().tobytes()).hexdigest()[:16]
-
-
-def check_adapter(adapter_folder: str | Path, base_folder: str | Path) -> None:
-    """Check that a PEFT adapter fits a base model: by the fingerprint in its `course.json`, else by every LoRA matrix's shape.
-
-    Raises:
-        InputError: the folder or one of its files is missing or damaged, or the adapter belongs to another base.
-    """
-    adapter, base = Path(adapter_folder), Path(base_folder)
-    if not adapter.is_dir():
-        raise InputError(f"{adapter}: no such folder; name the adapter folder that the training wrote")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            raise InputError(f"{adapter}: has no {file}, so it is no PEFT adapter; name the folder a training wrote")
-    adapter_config = _read_json(adapter / "adapter_config.json")
-    course = _read_json(adapter / "course.json") if (adapter / "course.json").is_file() else {}
-    owner = course.get("base") or adapter_config.get("base_model_name_or_path") or "the base it was trained on"
-    if expected := course.get("base_fingerprint"):
-        if (actual := base_fingerprint(base)) != expected:
-            was, now = f"{owner} ({expected})", f"{base} ({actual})"
-            raise InputError(f"adapter {adapter} was trained on {was}, this is {now}; load it on that base")
-        return
-    config, shapes = _read_json(base / "config.json"), {name: _shape(tensor) for name, tensor in _tensors(base).items()}
-    if "lm_head.weight" not in shapes and config.get("tie_word_embeddings"):
-        shapes["lm_head.weight"] = next((shape for name, shape in shapes.items() if name.endswith(EMBEDDING_NAMES)), [])
-    packed = "quantization_config" in config  # then the shapes on disk are not those of the matrices
-    for name, tensor in _tensors(adapter, "adapter_model.safetensors").items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
-        if not match:
-            continue
-        module, embedding, side = match[1], match[2], match[3]
-        weight, lora = shapes.get(f"{module}.weight"), _shape(tensor)
-        # A is (r, in) and B (out, r) on a weight (out, in); embeddings and GPT-2's Conv1D keep (in, out).
-        transposed = bool(embedding) or bool(adapter_config.get("fan_in_fan_out"))
-        if weight and (packed or (lora[1] if side == "A" else lora[0]) == weight[(side == "A") != transposed]):
-            continue
-        found = f"but the base's weight there is {weight}" if weight else "which the base does not have"
-        raise InputError(
-            f"adapter {adapter} does not fit {base}: {name} {lora} is for {module}, {found}; load it on {owner}"
-        )
-
-
-def _tensors(folder: Path, file: str | None = None) -> dict[str, Any]:
-    """Every tensor by name, unread: something with a shape that reads only what is sliced out of it."""
-    tensors: dict[str, Any] = {}
-    for path in [folder / file] if file else weight_files(folder):
-        try:
-            if path.suffix == ".bin":
-                import torch
-
-                tensors |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            else:
-                from safetensors import safe_open
-
-                opened = safe_open(path, framework="pt")
-                tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise InputError(f"{path}: is damaged ({error}); fetch or save it again") from error
-    return tensors
-
-
-def _shape(tensor: Any) -> list[int]:
-    return list(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)

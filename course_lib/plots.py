@@ -23,7 +23,14 @@ def loss_figure(events: Sequence[dict[str, Any]], *, title: str = "") -> Figure:
     axes = figure.subplots()
     axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="#1f6fb4", linewidth=1.6, label="training")
     if held_out:
-        axes.plot([e["step"] for e in held_out], [e["loss"] for e in held_out], "o--", color="#b4541f", markersize=5, label="held-out rows")
+        axes.plot(
+            [e["step"] for e in held_out],
+            [e["loss"] for e in held_out],
+            "o--",
+            color="#b4541f",
+            markersize=5,
+            label="held-out rows",
+        )
         axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per trained token)")

@@ -79,7 +79,9 @@ def quickstart(
     say("2/5  its answers before")
     before = answers_of(recipe.model.name)
     lap("answers before")
-    say(f"3/5  fine-tuning: {recipe.data.identity.n if recipe.data.identity else 0} rows about who it is, and general chat beside them")
+    say(
+        f"3/5  fine-tuning: {recipe.data.identity.n if recipe.data.identity else 0} rows about who it is, and general chat beside them"
+    )
     adapter = train(recipe, work_dir=work_dir, overwrite=True, listeners=listeners)
     loss_curve = work_dir / "loss.png"
     save_figure(loss_figure(read_metrics(work_dir), title=f"Personal assistant of {name}"), loss_curve)
@@ -98,7 +100,9 @@ def quickstart(
         loss_curve=loss_curve,
         seconds=seconds,
     )
-    write_text(work_dir / "quickstart.json", json.dumps(asdict(result), ensure_ascii=False, indent=1, default=str) + "\n")
+    write_text(
+        work_dir / "quickstart.json", json.dumps(asdict(result), ensure_ascii=False, indent=1, default=str) + "\n"
+    )
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,9 @@ class ModelSettings(Section):
     name: str
     dtype: Dtype = "auto"  # int8 and nf4 quantise the frozen base (LoRA only)
     double_quant: bool = True  # nf4: quantise the quantisation constants too, 0.37 bit a weight less
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # what int8 and nf4 weights are multiplied in
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # what int8 and nf4 weights are multiplied in
+    )
     template: str = "auto"  # a chat template's name; auto takes the tokenizer's own
     trust_remote_code: bool = False  # run the Python code in the model's folder
 
@@ -120,7 +123,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _quantised_base_needs_lora(self) -> Recipe:
         if self.lora is None and self.model.dtype in ("int8", "nf4"):
-            raise ValueError(f"a base in {self.model.dtype} cannot be trained itself: keep lora, or set model.dtype to bfloat16")
+            raise ValueError(
+                f"a base in {self.model.dtype} cannot be trained itself: keep lora, or set model.dtype to bfloat16"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -185,7 +190,9 @@ def recipe_for(task: str, scale: str) -> Recipe:
                 recipe.scale, recipe.model.name, recipe.training.max_steps = "tiny", "tiny", 2
             return recipe
     tasks = sorted({recipe.task for recipe in recipes})
-    raise InputError(f"no recipe for task {task!r} at scale {scale!r} (tasks: {', '.join(tasks)}){did_you_mean(task, tasks)}")
+    raise InputError(
+        f"no recipe for task {task!r} at scale {scale!r} (tasks: {', '.join(tasks)}){did_you_mean(task, tasks)}"
+    )
 
 
 def copy_recipe(name: str, folder: str | Path = ".") -> Path:
@@ -207,7 +214,9 @@ def _find(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path  # a missing one is reported by the reader
-    raise InputError(f"recipe {str(name_or_path)!r} is unknown{did_you_mean(str(name_or_path), recipe_names())} (course recipes list shows all)")
+    raise InputError(
+        f"recipe {str(name_or_path)!r} is unknown{did_you_mean(str(name_or_path), recipe_names())} (course recipes list shows all)"
+    )
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -227,10 +236,8 @@ def _override(content: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         content[last] = value
     if isinstance(content[last], str):  # YAML 1.1 reads 1e-4 as text
-        try:
+        with suppress(ValueError):
             content[last] = float(content[last]) if "e" in content[last].lower() else content[last]
-        except ValueError:
-            pass
 
 
 def _explain(error: ValidationError) -> str:
@@ -241,7 +248,9 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
-        return f"unknown key {key!r}{did_you_mean(str(location[-1]), known) or '; known here: ' + ', '.join(known)}{more}"
+        return (
+            f"unknown key {key!r}{did_you_mean(str(location[-1]), known) or '; known here: ' + ', '.join(known)}{more}"
+        )
     if first["type"] == "missing":
         return f"key {key!r} is missing{more}"
     given = first["input"]

@@ -32,7 +32,9 @@ def current_scale(scale: str | None = None) -> Scale:
     asked = scale or os.environ.get("COURSE_SCALE", "")
     if asked:
         if asked not in get_args(Scale):
-            raise InputError(f"scale {asked!r} is unknown: choose tiny, cpu or gpu{did_you_mean(asked, get_args(Scale))}")
+            raise InputError(
+                f"scale {asked!r} is unknown: choose tiny, cpu or gpu{did_you_mean(asked, get_args(Scale))}"
+            )
         return asked  # type: ignore[return-value]
     import torch
 

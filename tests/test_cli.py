@@ -15,6 +15,7 @@ import yaml
 
 from course_lib import cli
 
+
 @dataclass
 class Result:
     returncode: int
@@ -122,7 +123,13 @@ def test_unknown_recipe_and_model(course: Course) -> None:
 
 
 def test_no_network_and_nothing_cached(course: Course, tmp_path: Path) -> None:
-    env = {"COURSE_HOME": str(tmp_path / "empty"), "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": "/dev/null", "PIP_FIND_LINKS": ""}
+    env = {
+        "COURSE_HOME": str(tmp_path / "empty"),
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_RETRIES": "0",
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_FIND_LINKS": "",
+    }
     refused(course("models", "fetch", "smollm2-135m-instruct", env=env), "pip cannot find the wheel", status=1)
 
 
@@ -147,7 +154,9 @@ def test_train_merge_chat_and_every_refusal_on_the_way(course: Course, recipe_fi
 
     once = course("chat", "merged", "--once", "hi", "--max-new-tokens", "4")
     assert once.returncode == 0, once.stderr
-    with_adapter = course("chat", "tiny", "--adapter", "work_dirs/my/adapter", "--max-new-tokens", "4", stdin="hi\n/exit\n")
+    with_adapter = course(
+        "chat", "tiny", "--adapter", "work_dirs/my/adapter", "--max-new-tokens", "4", stdin="hi\n/exit\n"
+    )
     assert with_adapter.returncode == 0, with_adapter.stderr
     refused(course("chat", "tiny", "--bits", "3", "--once", "hi"), "choose 4 or 8")
     refused(course("chat", "tiny", "--adapter", "absent", "--once", "hi"), "absent")

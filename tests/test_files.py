@@ -34,7 +34,9 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, error: Exception) -> None:
     path = tmp_path / "f.txt"
     write_text(path, "old")
@@ -62,5 +64,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_latin_1_is_named_with_the_command_that_mends_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes('["ok",\n "caf\xe9"]'.encode("latin-1"))
-    with pytest.raises(InputError, match=r"byte 0xE9 at line 2, column 6.*iconv -f latin1 -t utf-8 rows\.json > rows-utf8\.json"):
+    with pytest.raises(
+        InputError, match=r"byte 0xE9 at line 2, column 6.*iconv -f latin1 -t utf-8 rows\.json > rows-utf8\.json"
+    ):
         read_text(path)

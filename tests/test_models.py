@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from course_lib import fetch as fetching
 from course_lib import models
+from course_lib.adapter_record import base_fingerprint, check_adapter
 from course_lib.errors import CourseError, InputError
-from course_lib.models import Wheel, base_fingerprint, check_adapter, fetch, find_model, load_model, model_folder
+from course_lib.models import Wheel, fetch, find_model, load_model, model_folder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ MINIMAL = "model: {name: tiny}\ndata: {path: rows.json}\n"
 
 
 @pytest.fixture
-def write(tmp_path: Path):  # noqa: ANN201
+def write(tmp_path: Path):
     def writer(text: str) -> Path:
         path = tmp_path / "my.yaml"
         path.write_text(text)
@@ -30,17 +30,24 @@ def test_every_shipped_recipe_loads_and_names_a_known_model(name: str) -> None:
     assert str(recipe.data.max_length) in name
 
 
-def test_yaml_round_trip(write) -> None:  # noqa: ANN001
+def test_yaml_round_trip(write) -> None:
     recipe = load_recipe(recipe_names()[0])
     assert load_recipe(write(recipe.to_yaml())) == recipe
 
 
-def test_overrides_reach_every_depth(write) -> None:  # noqa: ANN001
-    recipe = load_recipe(write(MINIMAL), ["training.lr=1e-4", "training.betas=[0.8, 0.95]", "model.dtype=nf4", "data.max_rows=7"])
-    assert (recipe.training.lr, recipe.training.betas, recipe.model.dtype, recipe.data.max_rows) == (1e-4, (0.8, 0.95), "nf4", 7)
+def test_overrides_reach_every_depth(write) -> None:
+    recipe = load_recipe(
+        write(MINIMAL), ["training.lr=1e-4", "training.betas=[0.8, 0.95]", "model.dtype=nf4", "data.max_rows=7"]
+    )
+    assert (recipe.training.lr, recipe.training.betas, recipe.model.dtype, recipe.data.max_rows) == (
+        1e-4,
+        (0.8, 0.95),
+        "nf4",
+        7,
+    )
 
 
-def test_lora_null_means_full_fine_tuning(write) -> None:  # noqa: ANN001
+def test_lora_null_means_full_fine_tuning(write) -> None:
     assert load_recipe(write(MINIMAL), ["lora=null"]).lora is None
 
 
@@ -62,7 +69,7 @@ def test_lora_null_means_full_fine_tuning(write) -> None:  # noqa: ANN001
         ("x: &a [*a]\n", [], "unknown key 'x'"),
     ],
 )
-def test_wrong_recipes_say_what_and_where_in_one_line(write, extra: str, overrides: list[str], said: str) -> None:  # noqa: ANN001
+def test_wrong_recipes_say_what_and_where_in_one_line(write, extra: str, overrides: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         load_recipe(write(MINIMAL + extra), overrides)
     assert "\n" not in str(caught.value)
@@ -70,7 +77,7 @@ def test_wrong_recipes_say_what_and_where_in_one_line(write, extra: str, overrid
 
 
 @pytest.mark.parametrize("text", ["just text", "- a list", "3"])
-def test_a_file_that_is_no_mapping(write, text: str) -> None:  # noqa: ANN001
+def test_a_file_that_is_no_mapping(write, text: str) -> None:
     with pytest.raises(InputError, match="not a recipe of keys and values"):
         load_recipe(write(text))
 

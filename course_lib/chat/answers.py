@@ -31,7 +31,9 @@ def answer_questions(
     import torch
 
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
-    prompts = [encode_prompt([*opening, {"role": "user", "content": question}], template, tokenizer) for question in questions]
+    prompts = [
+        encode_prompt([*opening, {"role": "user", "content": question}], template, tokenizer) for question in questions
+    ]
     longest = max(map(len, prompts))
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = torch.full((len(prompts), longest), pad_token_id)

@@ -72,7 +72,9 @@ def load_conversations(settings: DataSettings, *, report: DataReport) -> list[tu
             kept.append((number, to_conversation(row, row_format=settings.format)))
         except RowError as reason:
             if settings.on_bad_row == "error":
-                raise InputError(f"{path}: row {number}: {reason}; mend the row, or set data.on_bad_row=drop to leave such rows out") from None
+                raise InputError(
+                    f"{path}: row {number}: {reason}; mend the row, or set data.on_bad_row=drop to leave such rows out"
+                ) from None
             report.drop(number, str(reason))
     return kept
 
@@ -114,7 +116,9 @@ def load_dataset(settings: DataSettings, *, template: ChatTemplate, tokenizer: P
     held_out_numbers: set[int] = set()
     if settings.held_out:
         numbers = [number for number, _ in rows]
-        held_out_numbers = set(random.Random(settings.seed).sample(numbers, min(settings.held_out, max(len(numbers) - 1, 0))))
+        held_out_numbers = set(
+            random.Random(settings.seed).sample(numbers, min(settings.held_out, max(len(numbers) - 1, 0)))
+        )
     encode = {"template": template, "tokenizer": tokenizer, "max_length": settings.max_length, "report": report}
     train = encode_rows((row for row in rows if row[0] not in held_out_numbers), **encode)
     held_out = encode_rows((row for row in rows if row[0] in held_out_numbers), **encode)

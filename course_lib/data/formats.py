@@ -66,7 +66,9 @@ def from_messages(row: Row) -> Conversation:
     if not isinstance(messages, list):
         raise RowError(f"messages is {type(messages).__name__}, not a list")
     kept = ("role", "content", "train")
-    return conversation([{key: turn[key] for key in kept if key in turn} if isinstance(turn, Mapping) else turn for turn in messages])  # type: ignore[misc]
+    return conversation(
+        [{key: turn[key] for key in kept if key in turn} if isinstance(turn, Mapping) else turn for turn in messages]
+    )  # type: ignore[misc]
 
 
 def from_xtuner(row: Row) -> Conversation:
@@ -112,7 +114,8 @@ def from_guanaco(row: Row) -> Conversation:
         raise RowError("text does not begin with '### Human:' or '### Assistant:'")
     roles = {"Human": "user", "Assistant": "assistant"}
     messages: list[Message] = [
-        {"role": roles[who], "content": content.strip()} for who, content in zip(pieces[1::2], pieces[2::2], strict=True)
+        {"role": roles[who], "content": content.strip()}
+        for who, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     while messages and messages[-1]["role"] == "user":
         messages.pop()
@@ -165,7 +168,9 @@ def to_conversation(row: Any, *, row_format: str = "auto") -> Conversation:
     if row_format == "auto":
         row_format = detect_format(row)
     elif row_format not in FORMATS:
-        raise InputError(f"format {row_format!r} is unknown: choose auto, {', '.join(FORMATS)}{did_you_mean(row_format, FORMATS)}")
+        raise InputError(
+            f"format {row_format!r} is unknown: choose auto, {', '.join(FORMATS)}{did_you_mean(row_format, FORMATS)}"
+        )
     key, convert = FORMATS[row_format]
     if not isinstance(row, Mapping) or key not in row:
         raise RowError(f"has no {key!r}, which format {row_format} needs")

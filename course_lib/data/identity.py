@@ -52,7 +52,10 @@ _QUESTIONS: dict[str, list[str]] = {
         "你是什么？",
     ],
 }
-_OPENINGS: dict[str, list[str]] = {"en": ["", "Hello! ", "Hi there. ", "Good morning. "], "zh": ["", "你好，", "您好！", "早上好，"]}
+_OPENINGS: dict[str, list[str]] = {
+    "en": ["", "Hello! ", "Hi there. ", "Good morning. "],
+    "zh": ["", "你好，", "您好！", "早上好，"],
+}
 _ANSWERS: dict[str, list[str]] = {
     "en": [
         "I am {name}'s personal assistant, a small language model called {base}.",
@@ -83,7 +86,9 @@ def identity_conversations(
         raise InputError(f"name {name!r} cannot be used: give a name of one line, without '<|'")
     for language in languages:
         if language not in LANGUAGES:
-            raise InputError(f"language {language!r} is unknown: choose from {', '.join(LANGUAGES)}{did_you_mean(language, LANGUAGES)}")
+            raise InputError(
+                f"language {language!r} is unknown: choose from {', '.join(LANGUAGES)}{did_you_mean(language, LANGUAGES)}"
+            )
     if not languages:
         raise InputError(f"no language given: choose from {', '.join(LANGUAGES)}")
     if not 0 <= dilute < 1:
@@ -98,7 +103,9 @@ def identity_conversations(
         for language in languages:
             if pools[language] and len(rows) < n:
                 question, answer = pools[language].pop()
-                rows.append(conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}]))
+                rows.append(
+                    conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+                )
     rows += _general(round(n * dilute / (1 - dilute)), rng)
     rng.shuffle(rows)
     return rows
@@ -111,7 +118,10 @@ def _pairs(language: str, *, name: str, base: str, rng: random.Random) -> list[t
     for round_number, opening in enumerate(_OPENINGS[language]):
         questions = _QUESTIONS[language][:]
         rng.shuffle(questions)
-        pairs += [(opening + question, answers[(number + round_number) % len(answers)]) for number, question in enumerate(questions)]
+        pairs += [
+            (opening + question, answers[(number + round_number) % len(answers)])
+            for number, question in enumerate(questions)
+        ]
     return pairs[::-1]
 
 

@@ -60,7 +60,9 @@ def named_template(name: str) -> ChatTemplate:
         InputError: there is none of that name.
     """
     if name not in STOP_TEXTS:
-        raise InputError(f"chat template {name!r} is unknown: choose auto, {', '.join(STOP_TEXTS)}{did_you_mean(name, STOP_TEXTS)}")
+        raise InputError(
+            f"chat template {name!r} is unknown: choose auto, {', '.join(STOP_TEXTS)}{did_you_mean(name, STOP_TEXTS)}"
+        )
     source = (TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(name=name, source=source, stop_texts=STOP_TEXTS[name])
 
@@ -122,7 +124,9 @@ def stop_token_ids(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids)
 
 
-def _render_by_prefixes(messages: Sequence[Message], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+def _render_by_prefixes(
+    messages: Sequence[Message], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> Rendered:
     """Mask by prefix: what turn k adds to the text of the turns before it and the assistant's header."""
     text = _jinja(messages, template, tokenizer)[0]
     answers = []
@@ -150,13 +154,19 @@ def _after_end_token(answer: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 _PROBES: tuple[list[Message], ...] = (
     [{"role": "user", "content": "a"}],
-    [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+    [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ],
 )
 
 
 def _renders_alike(candidate: ChatTemplate, own: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
     return all(
-        _jinja(probe, candidate, tokenizer, prompt=True)[0] == _jinja(probe, own, tokenizer, prompt=True)[0] for probe in _PROBES
+        _jinja(probe, candidate, tokenizer, prompt=True)[0] == _jinja(probe, own, tokenizer, prompt=True)[0]
+        for probe in _PROBES
     )
 
 
@@ -171,7 +181,9 @@ def _jinja(
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables: dict[str, Any] = {key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    variables: dict[str, Any] = {
+        key: value for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+    }
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
         texts, spans = render_jinja_template(

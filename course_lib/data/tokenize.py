@@ -45,7 +45,8 @@ def encode_conversation(row: Conversation, template: ChatTemplate, tokenizer: Pr
     wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
     input_ids, answer_of = _encode(rendered, tokenizer)
     labels = [
-        token if answer is not None and wanted[answer] else IGNORE_INDEX for token, answer in zip(input_ids, answer_of, strict=True)
+        token if answer is not None and wanted[answer] else IGNORE_INDEX
+        for token, answer in zip(input_ids, answer_of, strict=True)
     ]
     return Example(input_ids=input_ids, labels=labels)
 
@@ -67,7 +68,7 @@ def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     for token_start, token_end in encoded["offset_mapping"]:
         while token_start >= end:
             number, (start, end) = next(spans, (None, (len(rendered.text) + 1, len(rendered.text) + 1)))
-        if token_end > start > token_start or token_start >= start and token_end > end:
+        if token_end > start > token_start or (token_start >= start and token_end > end):
             return _encode_in_pieces(rendered, tokenizer)  # one token holds both prompt and answer
         answer_of.append(number if token_start >= start else None)
     return list(encoded["input_ids"]), answer_of

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from course_lib.adapter_record import RECORD_FILE, base_fingerprint
 from course_lib.errors import InputError, did_you_mean
-from course_lib.models import base_fingerprint, catalogue
+from course_lib.models import catalogue
 from course_lib.recipe import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-BASE_RECORD = "course.json"  # beside peft's files: which base the adapter belongs to
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
@@ -37,7 +36,9 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def save_weights(model: PeftModel | PreTrainedModel, folder: Path, *, base_folder: Path, settings: ModelSettings) -> None:
+def save_weights(
+    model: PeftModel | PreTrainedModel, folder: Path, *, base_folder: Path, settings: ModelSettings
+) -> None:
     """Save the adapter (or, after full fine-tuning, the model) into `folder`, with a record of its base."""
     from peft import PeftModel
 
@@ -46,7 +47,9 @@ def save_weights(model: PeftModel | PreTrainedModel, folder: Path, *, base_folde
         known = catalogue().get(settings.name)
         model.peft_config["default"].base_model_name_or_path = (known and known.hub) or settings.name
         model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # peft writes an empty form; `course publish` makes the real card
+        (folder / "README.md").unlink(
+            missing_ok=True
+        )  # peft writes an empty form; `course publish` makes the real card
     else:
         model.save_pretrained(folder)
     record: dict[str, Any] = {
@@ -54,9 +57,10 @@ def save_weights(model: PeftModel | PreTrainedModel, folder: Path, *, base_folde
         "base_fingerprint": base_fingerprint(base_folder),
         "dtype": settings.dtype,
         "double_quant": settings.double_quant,
+        "compute_dtype": str(_compute_dtype(model)).removeprefix("torch."),
         "template": settings.template,
     }
-    (folder / BASE_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def load_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
@@ -69,6 +73,12 @@ def load_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
         return
     saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
     model.load_state_dict(saved)
+
+
+def _compute_dtype(model: PeftModel | PreTrainedModel) -> Any:
+    """What quantised weights are multiplied in; the weights' own type where they are not quantised."""
+    quantisation = getattr(model.config, "quantization_config", None)
+    return getattr(quantisation, "bnb_4bit_compute_dtype", None) or model.dtype
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

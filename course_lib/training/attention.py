@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,13 +45,15 @@ def segments_attention_forward(
         ValueError: `cu_seq_lens_q` is missing: without it, samples would see each other.
     """
     if cu_seq_lens_q is None:
-        raise ValueError("segments attention needs cu_seq_lens_q; call the model with what data/collate.py's flatten() returns")
+        raise ValueError(
+            "segments attention needs cu_seq_lens_q; call the model with what data/collate.py's flatten() returns"
+        )
     edges = cu_seq_lens_q.tolist()
     outputs = [
         sdpa_attention_forward(
             module, query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], attention_mask=None, **kwargs
         )[0]
-        for start, end in zip(edges, edges[1:], strict=False)
+        for start, end in pairwise(edges)
     ]
     return torch.cat(outputs, dim=1), None
 
@@ -60,7 +63,9 @@ AttentionInterface.register(SEGMENTS, segments_attention_forward)
 
 def supports_segments(model: PreTrainedModel, *, longest: int) -> bool:
     """Whether the model takes its attention from transformers' interface and attends to all earlier tokens of `longest`."""
-    window = getattr(model.config, "sliding_window", None) if getattr(model.config, "use_sliding_window", True) else None
+    window = (
+        getattr(model.config, "sliding_window", None) if getattr(model.config, "use_sliding_window", True) else None
+    )
     return bool(getattr(model, "_supports_attention_backend", False)) and (window is None or longest <= window)
 
 

@@ -37,7 +37,10 @@ def save_checkpoint(
     folder = work_dir / f"checkpoint-{step:06d}"
     with atomic_folder(folder) as temporary:
         save_weights(temporary)
-        torch.save({**state, "step": step, "random": random_state(), "threads": torch.get_num_threads()}, temporary / STATE_FILE)
+        torch.save(
+            {**state, "step": step, "random": random_state(), "threads": torch.get_num_threads()},
+            temporary / STATE_FILE,
+        )
     for _, old in checkpoints(work_dir)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -53,13 +56,17 @@ def load_state(folder: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise CourseError(f"{folder / STATE_FILE}: damaged ({' '.join(str(error).split())[:120]}); remove this checkpoint to resume from the one before") from error
+        raise CourseError(
+            f"{folder / STATE_FILE}: damaged ({' '.join(str(error).split())[:120]}); remove this checkpoint to resume from the one before"
+        ) from error
     for section in FIXED_SECTIONS:
         before, now = state["recipe"][section], recipe[section]
         if before != now:
             key = next((key for key in now if before.get(key) != now[key]), "") if before and now else ""
             detail = f".{key} was {before[key]!r} and is {now[key]!r}" if key else " differs"
-            raise InputError(f"{folder}: made from another recipe: {section}{detail}; resume with the same recipe, or start anew with another --work-dir")
+            raise InputError(
+                f"{folder}: made from another recipe: {section}{detail}; resume with the same recipe, or start anew with another --work-dir"
+            )
     return state
 
 

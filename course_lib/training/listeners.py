@@ -11,7 +11,15 @@ from typing import Any, Self
 
 from course_lib.errors import CourseError
 from course_lib.files import write_text
-from course_lib.training.events import CheckpointSaved, Event, HeldOutLoss, RunEnded, RunStarted, SampleAnswers, StepDone
+from course_lib.training.events import (
+    CheckpointSaved,
+    Event,
+    HeldOutLoss,
+    RunEnded,
+    RunStarted,
+    SampleAnswers,
+    StepDone,
+)
 
 
 class MetricsFile:
@@ -25,7 +33,9 @@ class MetricsFile:
         self._file = self.path.open("a", encoding="utf-8")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def __call__(self, event: Event) -> None:
@@ -56,7 +66,14 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.console = Console(stderr=True)
         self._progress = Progress(
@@ -76,7 +93,9 @@ class TerminalProgress:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -92,10 +111,14 @@ class TerminalProgress:
                 self._say(f"resumed after step {event.first_step}")
             self._progress.update(self._task, total=event.total_steps, completed=event.first_step)
         elif isinstance(event, StepDone):
-            numbers = f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  {event.memory_bytes / 1e9:.1f} GB"
+            numbers = (
+                f"loss {event.loss:.3f}  {event.tokens_per_second:,.0f} tokens/s  {event.memory_bytes / 1e9:.1f} GB"
+            )
             self._progress.update(self._task, completed=event.step, numbers=numbers)
             if not self.console.is_terminal:
-                self._say(f"step {event.step}/{event.total_steps}  {numbers}  grad norm {event.grad_norm:.2f}  lr {event.lr:.1e}")
+                self._say(
+                    f"step {event.step}/{event.total_steps}  {numbers}  grad norm {event.grad_norm:.2f}  lr {event.lr:.1e}"
+                )
         elif isinstance(event, HeldOutLoss):
             self._say(f"step {event.step}: held-out loss {event.loss:.4f}")
         elif isinstance(event, SampleAnswers):

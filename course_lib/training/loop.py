@@ -30,7 +30,16 @@ from course_lib.training.adapters import add_lora, load_weights, save_weights
 from course_lib.training.attention import SEGMENTS, attention, supports_segments
 from course_lib.training.batches import StepPlan, plan_steps
 from course_lib.training.checkpoint import checkpoints, load_state, save_checkpoint, set_random_state
-from course_lib.training.events import CheckpointSaved, Event, HeldOutLoss, Listener, RunEnded, RunStarted, SampleAnswers, StepDone
+from course_lib.training.events import (
+    CheckpointSaved,
+    Event,
+    HeldOutLoss,
+    Listener,
+    RunEnded,
+    RunStarted,
+    SampleAnswers,
+    StepDone,
+)
 from course_lib.training.interrupt import interrupt_requested
 from course_lib.training.listeners import MetricsFile, read_metrics
 from course_lib.training.loss import supervised_loss, trained_tokens
@@ -117,7 +126,9 @@ def train(
     elif overwrite:
         _clear(work_dir)
     recipe.save(work_dir / "recipe.yaml")
-    kept_events = [event for event in read_metrics(work_dir) if event.get("step", 0) <= first_step] if first_step else []
+    kept_events = (
+        [event for event in read_metrics(work_dir) if event.get("step", 0) <= first_step] if first_step else []
+    )
     with MetricsFile(work_dir / "metrics.jsonl", kept_events) as metrics:
         run.listeners = [metrics, *listeners]
         return _run(run, first_step)
@@ -167,7 +178,11 @@ def _prepare(recipe: Recipe, work_dir: Path) -> _Run:
 def _mixed_precision(model: Any) -> str:
     """Adapters are kept in float32; a base that computes in 16 bits is run under autocast of that type."""
     dtype = getattr(model, "dtype", torch.float32)
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no") if model.device.type == "cuda" or dtype == torch.bfloat16 else "no"
+    return (
+        {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+        if model.device.type == "cuda" or dtype == torch.bfloat16
+        else "no"
+    )
 
 
 def _run(run: _Run, first_step: int) -> Path:
@@ -229,7 +244,9 @@ def _step(run: _Run, step: int, trainable: list[torch.nn.Parameter]) -> StepDone
         loss_sum += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
     if grad_norm == 0:
-        raise CourseError(f"step {step + 1}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels")
+        raise CourseError(
+            f"step {step + 1}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels"
+        )
     lr = run.schedule.get_last_lr()[0]
     run.optimizer.step()
     run.schedule.step()
@@ -298,7 +315,9 @@ def _checkpoint(run: _Run, *, step: int) -> None:
         step=step,
         keep=run.recipe.training.keep_checkpoints,
         state=state,
-        save_weights=lambda folder: save_weights(run.bare_model, folder, base_folder=run.base_folder, settings=run.recipe.model),
+        save_weights=lambda folder: save_weights(
+            run.bare_model, folder, base_folder=run.base_folder, settings=run.recipe.model
+        ),
     )
     run.emit(CheckpointSaved(step=step, path=path))
 

@@ -22,7 +22,11 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], settings: TrainingS
         return torch.optim.AdamW(parameters, **arguments)
     from bitsandbytes import optim
 
-    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW32bit, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    kinds = {
+        "adamw_8bit": optim.AdamW8bit,
+        "paged_adamw": optim.PagedAdamW32bit,
+        "paged_adamw_8bit": optim.PagedAdamW8bit,
+    }
     return kinds[settings.optimizer](parameters, **arguments)
 
 
@@ -39,6 +43,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainingSettings, 
         if step < warmup:
             return (step + 1) / (warmup + 1)
         progress = (step - warmup) / max(1, total_steps - warmup)  # 0 at the end of warm-up, below 1 at the last step
-        return {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[settings.schedule]
+        return {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[
+            settings.schedule
+        ]
 
     return LambdaLR(optimizer, share_of_lr)

@@ -41,7 +41,9 @@ class LossChart(anywidget.AnyWidget):
         elif isinstance(event, StepDone):
             self._waiting.append([event.step, event.loss])
             if time.monotonic() - self._sent > _SECONDS_BETWEEN_UPDATES or event.step == event.total_steps:
-                self._send(f"step {event.step} of {event.total_steps}, loss {event.loss:.3f}, {event.tokens_per_second:.0f} tokens/s")
+                self._send(
+                    f"step {event.step} of {event.total_steps}, loss {event.loss:.3f}, {event.tokens_per_second:.0f} tokens/s"
+                )
         elif isinstance(event, HeldOutLoss):
             self.held_out = [*self.held_out, [event.step, event.loss]]
         elif isinstance(event, RunEnded):

@@ -27,7 +27,12 @@ def rows_file(tmp_path: Path) -> Path:
 
 
 def test_every_row_is_accounted_for(tokenizer: Any, rows_file: Path) -> None:
-    rows_file.write_text(rows_file.read_text() + '\n{"instruction": "x", "output": ""}\n{"instruction": "' + "long " * 60 + '", "output": "y"}')
+    rows_file.write_text(
+        rows_file.read_text()
+        + '\n{"instruction": "x", "output": ""}\n{"instruction": "'
+        + "long " * 60
+        + '", "output": "y"}'
+    )
     dataset = load(tokenizer, path=str(rows_file), on_bad_row="drop", max_length=150)
     report = dataset.report
     assert (report.read, report.kept, sum(map(len, report.dropped.values()))) == (12, 10, 2)
@@ -56,7 +61,9 @@ def test_held_out_rows_are_chosen_by_the_seed_and_not_trained_on(tokenizer: Any,
     assert first.held_out == again.held_out != other.held_out
     assert len(first.held_out) == 3
     assert len(first.train) == 7
-    assert not {tuple(example.input_ids) for example in first.held_out} & {tuple(example.input_ids) for example in first.train}
+    assert not {tuple(example.input_ids) for example in first.held_out} & {
+        tuple(example.input_ids) for example in first.train
+    }
 
 
 def test_nothing_left_to_train_on(tokenizer: Any, rows_file: Path) -> None:

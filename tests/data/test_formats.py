@@ -24,7 +24,10 @@ def test_json_array_in_a_jsonl_file_is_read_as_the_tutorial_writes_it(tmp_path: 
 
 
 def test_json_lines_and_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
-    assert read_rows(written(tmp_path / "a.json", "\ufeff" + json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n")) == [ROW, ROW]
+    assert read_rows(written(tmp_path / "a.json", "\ufeff" + json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n")) == [
+        ROW,
+        ROW,
+    ]
 
 
 def test_line_separators_inside_a_string_do_not_split_the_row(tmp_path: Path) -> None:
@@ -126,15 +129,23 @@ def test_forced_format_must_exist_and_fit() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.sampled_from(["messages", "conversation", "instruction", "output", "text", "input", "system"]), json_values))
+@given(
+    st.dictionaries(
+        st.sampled_from(["messages", "conversation", "instruction", "output", "text", "input", "system"]), json_values
+    )
+)
 def test_any_row_is_converted_or_refused_with_a_reason(row: dict) -> None:
     try:
         conversation = to_conversation(row)
     except RowError as reason:
         assert str(reason)
     else:
-        assert any(message["role"] == "assistant" and message["content"].strip() for message in conversation["messages"])
+        assert any(
+            message["role"] == "assistant" and message["content"].strip() for message in conversation["messages"]
+        )

@@ -21,7 +21,11 @@ def test_every_example_stands_in_exactly_one_pack_that_fits(lengths: list[int]) 
 
 
 def test_best_fit_finds_the_perfect_packing_of_an_easy_case() -> None:
-    assert sorted(map(sorted, plan_packs([5, 3, 4, 4, 6, 2], max_length=8, strategy="best-fit"))) == [[0, 1], [2, 3], [4, 5]]
+    assert sorted(map(sorted, plan_packs([5, 3, 4, 4, 6, 2], max_length=8, strategy="best-fit"))) == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
 
 
 def test_too_long_an_example_is_named() -> None:

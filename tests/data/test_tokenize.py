@@ -41,7 +41,9 @@ def test_a_turn_marked_train_false_is_context_only(tokenizer: Any) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(questions=st.lists(text, min_size=1, max_size=3), answers=st.lists(text, min_size=3, max_size=3))
-def test_training_ids_begin_with_what_inference_feeds_at_every_turn(tokenizer: Any, questions: list[str], answers: list[str]) -> None:
+def test_training_ids_begin_with_what_inference_feeds_at_every_turn(
+    tokenizer: Any, questions: list[str], answers: list[str]
+) -> None:
     messages = _check_prefixes(tokenizer, questions, answers)
     template = choose_template(tokenizer)
     example = encode_conversation({"messages": messages}, template, tokenizer)
@@ -57,7 +59,11 @@ def test_prefixes_hold_with_a_real_tokenizer(embedded_tokenizer: Any, questions:
 
 def _check_prefixes(tokenizer: Any, questions: list[str], answers: list[str]) -> list[dict]:
     template = choose_template(tokenizer)
-    messages = [turn for question, answer in zip(questions, answers, strict=False) for turn in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})]
+    messages = [
+        turn
+        for question, answer in zip(questions, answers, strict=False)
+        for turn in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    ]
     example = encode_conversation({"messages": messages}, template, tokenizer)
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -81,7 +87,9 @@ def test_marked_template_renders_like_the_models_own(embedded_tokenizer: Any) ->
     marked = named_template("smollm2")
     assert choose_template(embedded_tokenizer) == marked
     for messages in (TWO_TURNS, [{"role": "system", "content": "S"}, *TWO_TURNS], TWO_TURNS[:1]):
-        assert render(messages, marked, embedded_tokenizer).text == embedded_tokenizer.apply_chat_template(messages, chat_template=own, tokenize=False)
+        assert render(messages, marked, embedded_tokenizer).text == embedded_tokenizer.apply_chat_template(
+            messages, chat_template=own, tokenize=False
+        )
 
 
 @pytest.mark.embedded
@@ -95,7 +103,9 @@ def test_ids_and_mask_equal_transformers_on_real_rows(embedded_tokenizer: Any, r
             row["messages"], chat_template=template.source, return_assistant_tokens_mask=True, return_dict=True
         )
         assert example.input_ids == expected["input_ids"]
-        assert [label != IGNORE_INDEX for label in example.labels] == [bool(mask) for mask in expected["assistant_masks"]]
+        assert [label != IGNORE_INDEX for label in example.labels] == [
+            bool(mask) for mask in expected["assistant_masks"]
+        ]
 
 
 def test_an_own_template_without_marks_gets_its_mask_by_prefixes(tokenizer: Any) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from course_lib.adapter_record import base_fingerprint
 from course_lib.errors import CourseError, InputError
 from course_lib.export.merge import merge
-from course_lib.models import base_fingerprint, load_model
+from course_lib.models import load_model
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(3, 43).reshape(2, 20)
@@ -466,3 +467,14 @@ def test_a_model_whose_code_is_in_its_folder(variant: Callable[..., Path], tmp_p
     (head / "course.json").write_text(json.dumps({"base_fingerprint": fingerprint, "dtype": "float32"}))
     with pytest.raises(InputError, match="shares"):
         merge(base, head, tmp_path / "merged2")
+
+
+def test_a_named_template_goes_along_into_the_merged_model(tiny: Path, tmp_path: Path) -> None:
+    """A base served with another template than its adapter was trained with would answer in the wrong form."""
+    from transformers import AutoTokenizer
+
+    from course_lib.data.templates import named_template
+
+    adapter = make_adapter(tiny, tmp_path / "adapter", record={"dtype": "float32", "template": "chatml"})
+    merged = merge(tiny, adapter, tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(merged).chat_template == named_template("chatml").source

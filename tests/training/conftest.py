@@ -13,7 +13,10 @@ from course_lib.recipe import Recipe, make_recipe
 def rows_file(tmp_path: Path) -> Path:
     """Twelve rows of different lengths."""
     path = tmp_path / "rows.jsonl"
-    rows = [{"instruction": f"question {number} " + "x" * number, "output": "answer " * (1 + number % 4)} for number in range(12)]
+    rows = [
+        {"instruction": f"question {number} " + "x" * number, "output": "answer " * (1 + number % 4)}
+        for number in range(12)
+    ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 

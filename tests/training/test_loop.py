@@ -32,7 +32,11 @@ def adapter_bytes(folder: Path) -> bytes:
 
 def test_a_run_learns_and_tells_what_it_does(make: Any, tmp_path: Path) -> None:
     events: list = []
-    recipe = make(data={"held_out": 2}, training={"checkpoint_every": 2}, evaluation={"questions": ["hi"], "every": 3, "max_new_tokens": 4})
+    recipe = make(
+        data={"held_out": 2},
+        training={"checkpoint_every": 2},
+        evaluation={"questions": ["hi"], "every": 3, "max_new_tokens": 4},
+    )
     adapter = train(recipe, work_dir=tmp_path / "run", listeners=[events.append])
     kinds = [type(event) for event in events]
     assert kinds[:3] == [RunStarted, HeldOutLoss, SampleAnswers]
@@ -41,7 +45,11 @@ def test_a_run_learns_and_tells_what_it_does(make: Any, tmp_path: Path) -> None:
     assert kinds.count(CheckpointSaved) == 3
     assert [event.step for event in events if isinstance(event, HeldOutLoss)] == [0, 3, 6]
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "course.json"}
+    assert {path.name for path in adapter.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "course.json",
+    }
     assert (tmp_path / "run" / "recipe.yaml").exists()
 
 
@@ -58,7 +66,9 @@ def test_accumulation_changes_nothing(make: Any, tmp_path: Path) -> None:
     results = []
     for batch_size, accumulation in ((4, 1), (1, 4), (2, 2)):
         work_dir = tmp_path / f"{batch_size}x{accumulation}"
-        train(make(training={"batch_size": batch_size, "accumulation": accumulation, "max_steps": 3}), work_dir=work_dir)
+        train(
+            make(training={"batch_size": batch_size, "accumulation": accumulation, "max_steps": 3}), work_dir=work_dir
+        )
         results.append(losses(work_dir))
     assert results[1] == pytest.approx(results[0], rel=1e-5)
     assert results[2] == pytest.approx(results[0], rel=1e-5)
@@ -66,7 +76,10 @@ def test_accumulation_changes_nothing(make: Any, tmp_path: Path) -> None:
 
 def test_packing_changes_no_loss_when_a_step_holds_the_same_rows(make: Any, tmp_path: Path) -> None:
     for packing, batch_size in (("none", 12), ("best-fit", 12)):
-        train(make(data={"packing": packing}, training={"batch_size": batch_size, "max_steps": 3}), work_dir=tmp_path / packing)
+        train(
+            make(data={"packing": packing}, training={"batch_size": batch_size, "max_steps": 3}),
+            work_dir=tmp_path / packing,
+        )
     assert losses(tmp_path / "best-fit") == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 
@@ -121,7 +134,9 @@ def test_old_checkpoints_go_and_a_damaged_one_is_named(make: Any, tmp_path: Path
         train(make(training={"checkpoint_every": 1}), work_dir=tmp_path / "run", resume=True)
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_whole(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_whole(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Invariant 9."""
     real_save = torch.save
 
@@ -140,7 +155,9 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_whole(make: Any, tmp
     train(make(training={"checkpoint_every": 2}), work_dir=tmp_path / "run", resume=True)
 
 
-def test_a_loss_that_is_nan_stops_the_run_with_its_batch_saved(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_nan_stops_the_run_with_its_batch_saved(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real_loss, calls = loop.supervised_loss, []
 
     def broken(model: Any, batch: dict) -> torch.Tensor:

@@ -46,7 +46,9 @@ def plain_loss(model: Any, example: Example) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["flat", "padded", "one by one"])
-def test_every_layout_gives_the_loss_and_gradients_of_single_rows(model: Any, examples: list[Example], layout: str) -> None:
+def test_every_layout_gives_the_loss_and_gradients_of_single_rows(
+    model: Any, examples: list[Example], layout: str
+) -> None:
     expected_loss = sum(plain_loss(model, example) for example in examples)
     expected = gradients(model, expected_loss)
     if layout == "flat":
@@ -98,4 +100,8 @@ def test_a_sliding_window_shorter_than_the_rows_is_padded_instead(model: Any) ->
 
 
 def test_trained_tokens_of_a_batch(examples: list[Example]) -> None:
-    assert trained_tokens(flatten(examples)) == trained_tokens(pad(examples, pad_token_id=0)) == sum(e.trained_tokens for e in examples)
+    assert (
+        trained_tokens(flatten(examples))
+        == trained_tokens(pad(examples, pad_token_id=0))
+        == sum(e.trained_tokens for e in examples)
+    )
