@@ -61,9 +61,9 @@ def quickstart(
     table = Table(
         title=f"Before and after fine-tuning ({result.seconds['train']:.0f} s of training)", title_justify="left"
     )
-    table.add_column("question", ratio=3)
-    table.add_column("before", ratio=4)
-    table.add_column("after", ratio=4)
+    table.add_column("question", ratio=3, overflow="fold")
+    table.add_column("before", ratio=4, overflow="fold")
+    table.add_column("after", ratio=4, overflow="fold")
     for number, (question, before, after) in enumerate(result.answers):
         seen = "" if number < len(TRAINED_QUESTIONS) else "\n(not trained on)"
         table.add_row(question + seen, " ".join(before.split()), " ".join(after.split()), end_section=True)

@@ -1,0 +1,120 @@
+"""The same loop on a GPU. Run on a machine that has one: pytest -m gpu."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from course_lib.export.merge import merge
+from course_lib.models import load_model
+from course_lib.recipe import load_recipe, make_recipe
+from course_lib.training.listeners import read_metrics
+from course_lib.training.loop import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+
+
+def losses(work_dir: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(work_dir) if event["event"] == "StepDone"]
+
+
+def test_float32_follows_the_cpu(make: Any, tmp_path: Path) -> None:
+    on_gpu = train(make(), work_dir=tmp_path / "gpu")
+    code = f"from course_lib import load_recipe, train; train(load_recipe({str(tmp_path / 'gpu/recipe.yaml')!r}), work_dir={str(tmp_path / 'cpu')!r})"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+    assert on_gpu.is_dir()
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8", "bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_every_number_format_trains_and_resumes(make: Any, tmp_path: Path, dtype: str, optimizer: str) -> None:
+    recipe = make(
+        model={"dtype": dtype},
+        training={"optimizer": optimizer, "gradient_checkpointing": dtype == "nf4", "checkpoint_every": 3},
+        data={"held_out": 2},
+        evaluation={"questions": ["hi"], "max_new_tokens": 4},
+    )
+    train(recipe, work_dir=tmp_path / "run")
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-000006")
+    train(recipe, work_dir=tmp_path / "run", resume=True)
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_packing_changes_no_loss_in_bfloat16(make: Any, tmp_path: Path) -> None:
+    for packing in ("none", "best-fit"):
+        train(
+            make(model={"dtype": "bfloat16"}, data={"packing": packing}, training={"batch_size": 12, "max_steps": 3}),
+            work_dir=tmp_path / packing,
+        )
+    assert losses(tmp_path / "best-fit") == pytest.approx(losses(tmp_path / "none"), rel=2e-3)
+
+
+def test_an_adapter_trained_in_nf4_merges_into_what_it_was_trained_on(make: Any, tmp_path: Path) -> None:
+    adapter = train(make(model={"dtype": "nf4"}, training={"lr": 5e-2}), work_dir=tmp_path / "run")
+    merged = merge("tiny", adapter, tmp_path / "merged", dtype="float32")
+    ids = torch.arange(3, 60, device="cuda")[None]
+    with torch.inference_mode():
+        expected = load_model("tiny", dtype="nf4", adapter=adapter)[0](ids).logits.float()
+        bare = load_model("tiny", dtype="nf4")[0](ids).logits.float()
+        got = load_model(merged, dtype="float32")[0](ids).logits
+    assert (got - expected).norm() < 0.05 * (bare - expected).norm()
+
+
+@pytest.mark.slow
+def test_the_7b_recipe_trains(tiny: Path, tmp_path: Path) -> None:
+    """The shipped 7B QLoRA recipe on random weights of Qwen2.5-7B's shape; prints its speed and peak memory."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path / "random-7b"
+    config = Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = Qwen2ForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny / name, folder)
+    recipe = load_recipe(
+        "qwen2_5_7b_instruct_qlora_personal_assistant_512_e3",
+        [
+            f"model.name={folder}",
+            "training.max_steps=6",
+            "training.log_every=1",
+            "evaluation.max_new_tokens=5",
+            "training.lr=1e-3",
+        ],
+    )
+    recipe = make_recipe(recipe.model_dump())
+    train(recipe, work_dir=tmp_path / "run")
+    steps = [event for event in read_metrics(tmp_path / "run") if event["event"] == "StepDone"]
+    print(
+        "7B:",
+        json.dumps(
+            [
+                {key: step[key] for key in ("loss", "grad_norm", "tokens", "tokens_per_second", "memory_bytes")}
+                for step in steps
+            ]
+        ),
+    )
+    assert min(step["grad_norm"] for step in steps) > 0
+    assert steps[-1]["loss"] < steps[0]["loss"]
