@@ -44,7 +44,7 @@ def quickstart(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a model, ask it who it is, fine-tune it, merge, and ask again: all on this machine."""
-    from course_lib.quickstart import TRAINED_QUESTIONS, quickstart
+    from course_lib.quickstart import comparison_table, quickstart
     from course_lib.training.listeners import TerminalProgress
 
     with TerminalProgress() as progress:
@@ -58,17 +58,8 @@ def quickstart(
     if as_json:
         print((work_dir / "quickstart.json").read_text(encoding="utf-8"), end="")
         return
-    table = Table(
-        title=f"Before and after fine-tuning ({result.seconds['train']:.0f} s of training)", title_justify="left"
-    )
-    table.add_column("question", ratio=3, overflow="fold")
-    table.add_column("before", ratio=4, overflow="fold")
-    table.add_column("after", ratio=4, overflow="fold")
-    for number, (question, before, after) in enumerate(result.answers):
-        seen = "" if number < len(TRAINED_QUESTIONS) else "\n(not trained on)"
-        table.add_row(question + seen, " ".join(before.split()), " ".join(after.split()), end_section=True)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table, markup=False)
+    console.print(comparison_table(result))
     console.print(
         f"adapter     {result.adapter}\nmerged      {result.merged}\nloss curve  {result.loss_curve}",
         highlight=False,

@@ -245,7 +245,6 @@ def from_hub(repo: str, folder: Path, *, progress: bool = True) -> str:
         InputError: there is no such repository, or it is gated and the licence was not accepted.
         CourseError: no network; the download broke off; a file arrived wrong (it is deleted).
     """
-    import httpx
     import httpx2
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -267,7 +266,7 @@ def from_hub(repo: str, folder: Path, *, progress: bool = True) -> str:
         raise InputError(
             f"{repo}: no such folder here and no such repository on the Hub; check the name (private: hf auth login)"
         ) from error
-    except (HfHubHTTPError, OSError, httpx.HTTPError, httpx2.HTTPError) as error:
+    except (HfHubHTTPError, OSError, httpx2.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CourseError(
             f"{repo}: cannot be downloaded from the Hub ({reason}); check the network, or set HF_ENDPOINT to a mirror "

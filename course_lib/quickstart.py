@@ -7,11 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from course_lib.files import write_text
 from course_lib.recipe import Recipe, recipe_for
 from course_lib.scale import current_scale
 from course_lib.training.events import Listener
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # asked before and after; the second half was never trained on
 TRAINED_QUESTIONS = ("Who are you?", "请介绍一下你自己")
@@ -104,6 +108,26 @@ def quickstart(
         work_dir / "quickstart.json", json.dumps(asdict(result), ensure_ascii=False, indent=1, default=str) + "\n"
     )
     return result
+
+
+def comparison_table(result: QuickstartResult) -> Table:
+    """Question, answer before, answer after, for the terminal; says which questions were not trained on."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=f"Before and after fine-tuning ({result.seconds['train']:.0f} s of training)",
+        title_justify="left",
+        show_lines=True,
+    )
+    for column, ratio in (("question", 3), ("before", 4), ("after", 4)):
+        table.add_column(column, ratio=ratio, overflow="fold")  # fold: Chinese has no spaces to break lines at
+    for number, (question, before, after) in enumerate(result.answers):
+        asked = Text(question)
+        if number >= len(TRAINED_QUESTIONS):
+            asked.append("\n(not trained on)", style="dim")
+        table.add_row(asked, Text(" ".join(before.split())), Text(" ".join(after.split())))
+    return table
 
 
 def quickstart_recipe(*, name: str, scale: str) -> Recipe:

@@ -26,7 +26,7 @@ function draw(model) {
   for (const p of heldOut) parts.push(`<rect class="held-out" x="${x(p[0]) - 4}" y="${y(p[1]) - 4}" width="8" height="8"/>`);
   const label = `Training loss, ${points.length} of ${total} steps, now ${points[points.length - 1][1].toFixed(3)}`;
   return `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" role="img" aria-label="${label}">${parts.join("")}</svg>
-    <p class="course-note">${model.get("status")}</p>`;
+    <p class="course-note">${model.get("status")}${heldOut.length ? " (line: training rows; squares: held-out rows)" : ""}</p>`;
 }
 
 function render({ model, el }) {

@@ -31,7 +31,7 @@ class LossChart(anywidget.AnyWidget):
     def __init__(self, **traits: Any) -> None:
         super().__init__(**traits)
         self._waiting: list[list[float]] = []
-        self._sent = 0.0
+        self._shown_at = 0.0
 
     def __call__(self, event: Event) -> None:
         """Take one event of the loop."""
@@ -40,8 +40,8 @@ class LossChart(anywidget.AnyWidget):
             self.total_steps = event.total_steps
         elif isinstance(event, StepDone):
             self._waiting.append([event.step, event.loss])
-            if time.monotonic() - self._sent > _SECONDS_BETWEEN_UPDATES or event.step == event.total_steps:
-                self._send(
+            if time.monotonic() - self._shown_at > _SECONDS_BETWEEN_UPDATES or event.step == event.total_steps:
+                self._show(
                     f"step {event.step} of {event.total_steps}, loss {event.loss:.3f}, {event.tokens_per_second:.0f} tokens/s"
                 )
         elif isinstance(event, HeldOutLoss):
@@ -49,10 +49,10 @@ class LossChart(anywidget.AnyWidget):
         elif isinstance(event, RunEnded):
             self.status = f"done: {event.step} steps in {event.seconds:.0f} s"
 
-    def _send(self, status: str) -> None:
+    def _show(self, status: str) -> None:
         self.points = [*self.points, *self._waiting]
         self.status = status
-        self._waiting, self._sent = [], time.monotonic()
+        self._waiting, self._shown_at = [], time.monotonic()
 
     def events(self) -> list[dict[str, Any]]:
         """The chart's points as events, the form `plots.loss_figure` draws."""
