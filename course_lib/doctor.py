@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -160,7 +161,7 @@ def _disk() -> list[Check]:
     free = shutil.disk_usage(folder).free
     writable = os.access(folder, os.W_OK)
     good = free >= _NEEDED_DISK and writable
-    finding = f"{free / 1e9:.0f} GB free, models are kept in {folder}" + (
+    finding = f"{free / 1e9:.0f} GB free, models are kept in {_short(folder)}" + (
         "" if writable else ", which cannot be written"
     )
     return [
@@ -220,3 +221,8 @@ def _optional() -> list[Check]:
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(package, "absent", f"optional: {gain}"))
     return checks
+
+
+def _short(folder: Path) -> str:
+    """The folder with `~` for the user's home: a report is often pasted where others read it."""
+    return f"~/{folder.relative_to(Path.home())}" if folder.is_relative_to(Path.home()) else str(folder)

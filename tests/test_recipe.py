@@ -7,6 +7,7 @@ import pytest
 from course_lib.errors import InputError
 from course_lib.models import catalogue
 from course_lib.recipe import copy_recipe, load_recipe, make_recipe, recipe_for, recipe_names
+from course_lib.scale import DEFAULT_MODEL
 
 MINIMAL = "model: {name: tiny}\ndata: {path: rows.json}\n"
 
@@ -105,12 +106,9 @@ def test_pattern_ignores_case() -> None:
     assert recipe_names("ALPACA") == recipe_names("alpaca") != []
 
 
-def test_the_dial_has_a_personal_assistant_at_every_scale() -> None:
-    assert [recipe_for("personal_assistant", scale).model.name for scale in ("tiny", "cpu", "gpu")] == [
-        "tiny",
-        "smollm2-135m-instruct",
-        "qwen2.5-7b-instruct",
-    ]
+@pytest.mark.parametrize("scale", DEFAULT_MODEL)
+def test_the_dial_has_a_personal_assistant_at_every_scale(scale: str) -> None:
+    assert recipe_for("personal_assistant", scale).model.name == DEFAULT_MODEL[scale]
 
 
 def test_values_are_checked_when_set_later() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from course_lib.data.templates import stop_token_ids
+from course_lib.chat.generation import stop_ids
 from course_lib.data.tokenize import encode_prompt
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def answer_questions(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=stop_token_ids(template, tokenizer),
+            eos_token_id=stop_ids(model, template, tokenizer),
             pad_token_id=pad_token_id,
         )
     return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]

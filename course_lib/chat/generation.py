@@ -13,12 +13,15 @@ from dataclasses import dataclass, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
+from course_lib.data.templates import stop_token_ids
 from course_lib.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+    from course_lib.data.templates import ChatTemplate
 
 Ending = Literal["end", "length", "stop"]
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence is decoded to
@@ -201,6 +204,15 @@ class Generation:
             stopping_criteria=[stopped],
             streamer=self._streamer,
         )
+
+
+def stop_ids(
+    model: PreTrainedModel | PeftModel, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The template's stop tokens and the checkpoint's own: Gemma's end of turn stands only in generation_config.json."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = [own] if isinstance(own, int) else own or []
+    return sorted({*stop_token_ids(template, tokenizer), *own})
 
 
 def logits_processors(sampling: SamplingSettings, device: torch.device) -> LogitsProcessorList:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from course_lib.chat.generation import Ending, Generation, SamplingSettings
+from course_lib.chat.generation import Ending, Generation, SamplingSettings, stop_ids
 from course_lib.data.conversation import Message, RowError
-from course_lib.data.templates import choose_template, stop_token_ids
+from course_lib.data.templates import choose_template
 from course_lib.data.tokenize import encode_prompt
 from course_lib.errors import CourseError, InputError
 from course_lib.files import file_to_write, write_text
@@ -62,7 +62,7 @@ class ChatSession:
         self.sampling = sampling or SamplingSettings()
         self.context = context or getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.last_stats: AnswerStats | None = None
-        self._stop_ids = _stop_ids(self)
+        self._stop_ids = stop_ids(model, self.template, tokenizer)
         self._generation: Generation | None = None  # what stop() stops
         # Weak, so that leaving a loop over the stream still closes it.
         self._unfinished: weakref.ref[Generator[str, None, None]] | None = None
@@ -216,13 +216,6 @@ class ChatSession:
         gone = len(self.messages) + 2 - len(messages)
         self._trimmed += self.messages[start : start + gone]
         self.messages[:] = messages  # in place: a widget may hold the list
-
-
-def _stop_ids(session: ChatSession) -> list[int]:
-    """The template's stop tokens and the checkpoint's own: Gemma's end of turn stands only in generation_config.json."""
-    own = getattr(session.model.generation_config, "eos_token_id", None)
-    own = [own] if isinstance(own, int) else own or []
-    return sorted({*stop_token_ids(session.template, session.tokenizer), *own})
 
 
 def _question(text: str) -> Message:
