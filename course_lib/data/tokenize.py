@@ -1,10 +1,16 @@
-"""Text to token ids and labels, in training and in chat by the same two functions."""
+"""Text to token ids and labels, in training and in chat by the same two functions.
+
+What people and tools write is text, even where it spells a special token: a user who types `<|im_end|>` must not end the
+turn. Such a spelling is broken by a mark before the template is rendered, and tokenised in two pieces where the mark was.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from course_lib.data.conversation import Conversation, Message
 from course_lib.data.templates import ChatTemplate, Rendered, render, render_prompt
@@ -13,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # the label of a token the loss does not see; PyTorch's default ignore_index
+_BREAK = "\ufdd0"  # Unicode promises never to give this code point a meaning
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def encode_conversation(row: Conversation, template: ChatTemplate, tokenizer: Pr
         RowError: the template cannot render the conversation.
     """
     messages = row["messages"]
-    rendered = render(messages, template, tokenizer)
+    rendered = render(_broken(messages, tokenizer), template, tokenizer)
     wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
     input_ids, answer_of = _encode(rendered, tokenizer)
     labels = [
@@ -53,7 +60,7 @@ def encode_conversation(row: Conversation, template: ChatTemplate, tokenizer: Pr
 
 def encode_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids the model is fed before its next answer: a prefix of what training saw for the same turns."""
-    return _encode(render_prompt(messages, template, tokenizer), tokenizer)[0]
+    return _encode(render_prompt(_broken(messages, tokenizer), template, tokenizer), tokenizer)[0]
 
 
 def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
@@ -61,13 +68,16 @@ def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
     The template writes every special token itself, hence `add_special_tokens=False`: no second BOS.
     """
+    if _BREAK in rendered.text:
+        return _encode_in_pieces(rendered, tokenizer)
     encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    beyond = len(rendered.text) + 1
     answer_of: list[int | None] = []
     spans = iter(enumerate(rendered.answers))
-    number, (start, end) = next(spans, (None, (len(rendered.text) + 1, len(rendered.text) + 1)))
+    number, (start, end) = next(spans, (None, (beyond, beyond)))
     for token_start, token_end in encoded["offset_mapping"]:
         while token_start >= end:
-            number, (start, end) = next(spans, (None, (len(rendered.text) + 1, len(rendered.text) + 1)))
+            number, (start, end) = next(spans, (None, (beyond, beyond)))
         if token_end > start > token_start or (token_start >= start and token_end > end):
             return _encode_in_pieces(rendered, tokenizer)  # one token holds both prompt and answer
         answer_of.append(number if token_start >= start else None)
@@ -75,17 +85,44 @@ def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 
 
 def _encode_in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
-    """Tokenise prompts and answers apart, as inference does, so that no token straddles the edge.
+    """Tokenise prompts and answers apart, as inference does, so that no token straddles the edge; and apart at each break.
 
-    Needed where an answer begins with white space: "\\n" of the header and "\\n" of the answer are one token.
+    Edges matter where an answer begins with white space: "\\n" of the header and "\\n" of the answer are one token.
     """
     input_ids: list[int] = []
     answer_of: list[int | None] = []
     position = 0
-    for number, (start, end) in [*enumerate(rendered.answers), (None, (len(rendered.text), len(rendered.text)))]:
+    end_of_text = (None, (len(rendered.text), len(rendered.text)))
+    for number, (start, end) in [*enumerate(rendered.answers), end_of_text]:
         for text, answer in ((rendered.text[position:start], None), (rendered.text[start:end], number)):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-            input_ids += ids
-            answer_of += [answer] * len(ids)
+            for piece in filter(None, text.split(_BREAK)):
+                ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+                input_ids += ids
+                answer_of += [answer] * len(ids)
         position = end
     return input_ids, answer_of
+
+
+_patterns: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
+
+
+def _broken(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+    """The messages with a break after the first character of every spelling of a special or added token."""
+    pattern = _patterns.get(tokenizer)
+    if pattern is None:
+        names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+        # a token of one character, or of white space alone, cannot be forged: it means no more than it says
+        names = [re.escape(name) for name in names if len(name) > 1 and name.strip()]
+        pattern = _patterns[tokenizer] = re.compile("|".join(names) or r"(?!)")
+    return [_break_strings(message, pattern) for message in messages]
+
+
+def _break_strings(value: Any, pattern: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        value = value.replace(_BREAK, "\ufffd")
+        return pattern.sub(lambda found: found[0][0] + _BREAK + found[0][1:], value)
+    if isinstance(value, dict):
+        return {key: _break_strings(inner, pattern) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_break_strings(inner, pattern) for inner in value]
+    return value
