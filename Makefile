@@ -23,8 +23,9 @@ test-fast: .venv/.dev
 	$(BIN)/python -m pytest tests -m "not gpu and not embedded and not slow"
 
 notebooks: .venv/.dev
-	$(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace --coalesce-streams --ExecutePreprocessor.store_widget_state=False \
+	$(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
 	    --ExecutePreprocessor.timeout=900 notebooks/*.ipynb
+	$(BIN)/python -m jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
