@@ -136,7 +136,7 @@ def _gpu() -> list[Check]:
                 "GPU",
                 "absent",
                 "none: scale cpu, with the embedded 135M model",
-                "for 7B models, an NVIDIA GPU with 8 GB or more",
+                "for 7B models, an NVIDIA GPU with 10 GB or more",
             )
         ]
     checks = []
