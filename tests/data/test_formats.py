@@ -4,12 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from course_lib.data.conversation import RowError
-from course_lib.data.formats import read_rows, to_conversation
+from course_lib.data.dataset import DataReport, load_conversations
+from course_lib.data.formats import (
+    FORMATS,
+    check_format_name,
+    detect_format,
+    to_conversation,
+)
 from course_lib.errors import InputError
+from course_lib.recipe import DataSettings
 
 ROW = {"instruction": "Say hi", "output": "hi"}
 
@@ -17,54 +22,6 @@ ROW = {"instruction": "Say hi", "output": "hi"}
 def written(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def test_json_array_in_a_jsonl_file_is_read_as_the_tutorial_writes_it(tmp_path: Path) -> None:
-    assert read_rows(written(tmp_path / "a.jsonl", json.dumps([ROW, ROW], indent=4))) == [ROW, ROW]
-
-
-def test_json_lines_and_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
-    assert read_rows(written(tmp_path / "a.json", "\ufeff" + json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n")) == [
-        ROW,
-        ROW,
-    ]
-
-
-def test_line_separators_inside_a_string_do_not_split_the_row(tmp_path: Path) -> None:
-    row = {"instruction": "a\u2028b\x85c", "output": "d"}
-    assert read_rows(written(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))) == [row]
-
-
-def test_one_object_over_several_lines(tmp_path: Path) -> None:
-    assert read_rows(written(tmp_path / "a.json", json.dumps(ROW, indent=2))) == [ROW]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("", "is empty"),
-        (" \n ", "is empty"),
-        ("[]", "empty list"),
-        ('[{"a": 1},\n {"b": }]', "line 2, column 8"),
-        ('{"a": 1}\n{"b": 2\n', "line 2, column 8"),
-        ("[" * 100_000, "nested too deeply"),
-        ("caf\xe9".encode("latin-1"), "byte 0xE9 at line 1, column 4"),
-        (b'{"a": 1}\n{"b": "\xff"}', "line 2, column 8"),
-    ],
-)
-def test_files_that_cannot_be_read_say_where(tmp_path: Path, content: str | bytes, said: str) -> None:
-    path = written(tmp_path / "rows.json", content)
-    with pytest.raises(InputError, match=said) as caught:
-        read_rows(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_file_and_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        read_rows(tmp_path / "absent.json")
-    with pytest.raises(InputError, match="is a folder"):
-        read_rows(tmp_path)
 
 
 def test_every_format_becomes_messages() -> None:
@@ -113,7 +70,11 @@ def test_markdown_heading_in_a_guanaco_answer_survives() -> None:
         ({"question": "x", "answer": "y"}, "no known format has the keys answer, question"),
         ([1, 2], "row is list"),
         (None, "row is NoneType"),
-        ({"text": "no turns here"}, "does not begin with"),
+        ({"text": "Preface ### Human: q### Assistant: a"}, "does not begin with.*'Preface.*set format text"),
+        ({"text": "### Human: q"}, "no output"),
+        ({"text": " \n "}, "'text' is blank"),
+        ({"text": 3}, "'text' is int, not text: 3"),
+        ({"text": "half \ud83d"}, "lone surrogate U\\+D83D at character 6"),
     ],
 )
 def test_rows_that_do_not_fit_say_why(row: object, said: str) -> None:
@@ -128,24 +89,252 @@ def test_forced_format_must_exist_and_fit() -> None:
         to_conversation(ROW, row_format="messages")
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    max_leaves=8,
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [], "prompt": "p", "prompt_id": "1"}),
+        ("sharegpt", {"conversations": []}),
+        ("xtuner", {"conversation": []}),
+        ("alpaca", {"instruction": "i", "input": "", "output": "o", "text": "Below is an instruction"}),
+        ("alpaca", {"instruction_zh": "i", "output_zh": "o"}),
+        ("oasst", {"message_tree_id": "1", "prompt": {}}),
+        ("oasst", {"message_id": "1", "parent_id": None, "text": "t", "role": "prompter"}),
+        ("prompt_completion", {"prompt": "p", "completion": "c"}),
+        ("medqa", {"Question": "q", "Answer": "a"}),
+        ("guanaco", {"text": "### Human: q### Assistant: a"}),
+        ("text", {"text": "# Title\n## Part\n### Heading"}),
+    ],
 )
+def test_formats_are_told_by_their_keys(name: str, row: dict) -> None:
+    assert detect_format(row) == name
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(["messages", "conversation", "instruction", "output", "text", "input", "system"]), json_values
-    )
+def test_no_format_is_told_with_all_that_are_known() -> None:
+    with pytest.raises(RowError) as caught:
+        detect_format({"a\nb": 1, "c" * 100: 2})
+    for name, row_format in FORMATS.items():
+        assert name in str(caught.value)
+        assert row_format.description
+    assert "'a\\nb'" in str(caught.value)
+    with pytest.raises(InputError, match="guanaco \\(text with.*did you mean guanaco"):
+        check_format_name("guanako")
+
+
+def test_marks_tell_dialogue_from_plain_text_unless_the_format_is_named() -> None:
+    text = "### Human: q### Assistant: a"
+    assert to_conversation({"text": text}, row_format="text") == {"text": text}
+    assert to_conversation({"text": " plain\x00\ttext \n"}) == {"text": " plain\x00\ttext \n"}
+    with pytest.raises(RowError, match="does not begin with"):
+        to_conversation({"text": "no turns here"}, row_format="guanaco")
+
+
+def test_the_unanswered_last_turn_is_noted() -> None:
+    notes: list[str] = []
+    to_conversation({"text": "### Human: q### Assistant: a### Human: r### Human: s"}, notes=notes)
+    assert notes == ["the last user turn, which has no answer, left off"]
+
+
+def test_alpaca_history_system_placeholders_and_chinese() -> None:
+    notes: list[str] = []
+    row = {"instruction": "i", "input": "< noInput >", "output": "o", "system": "S", "history": [["q", "a"]]}
+    assert to_conversation(row, notes=notes)["messages"] == [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "i"},
+        {"role": "assistant", "content": "o"},
+    ]
+    assert notes == ["'<noinput>' read as no input"]
+    both = {"instruction": "i", "output": "o", "instruction_zh": "指", "input_zh": "入", "output_zh": "出"}
+    assert to_conversation(both, notes=notes)["messages"][1]["content"] == "o"
+    assert "alpaca_zh" in notes[-1]
+    assert to_conversation(both, row_format="alpaca_zh")["messages"][0]["content"] == "指\n\n入"
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+SCHEMA = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": SCHEMA}
+
+
+def test_sharegpt_calls_observations_and_tools() -> None:
+    turns = [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "1"},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": "{\\"x\\": 1}"}, {"name": "g"}]'},
+        {"from": "tool", "value": "2"},
+        {"from": "gpt", "value": "a"},
+    ]
+    bare_call = {"type": "function", "function": {"name": "g", "arguments": {}}}
+    expected = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL, bare_call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "a"},
+        ],
+        "tools": [TOOL],
+    }
+    for tools in ([SCHEMA], json.dumps([SCHEMA]), [TOOL], json.dumps(TOOL)):
+        assert to_conversation({"conversations": turns, "tools": tools, "system": "S"}) == expected
+    for tools in ("", "[]", [], None):
+        assert "tools" not in to_conversation({"conversations": turns, "tools": tools})
+
+
+def test_openai_tools_new_and_old_parts_and_weight() -> None:
+    new = {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": "q"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+            },
+            {"role": "tool", "content": "1", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "no", "weight": 0, "refusal": None},
+            {"role": "assistant", "content": "a", "reasoning": "r"},
+        ],
+        "tools": [TOOL],
+    }
+    notes: list[str] = []
+    assert to_conversation(new, notes=notes) == {
+        "messages": [
+            {"role": "system", "content": "ab"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **CALL}]},
+            {"role": "tool", "content": "1", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "no", "train": False},
+            {"role": "assistant", "content": "a"},
+        ],
+        "tools": [TOOL],
+    }
+    assert notes == ["keys of a turn left out: reasoning"]
+    old = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+            {"role": "function", "name": "f", "content": "1"},
+        ],
+        "functions": [SCHEMA],
+    }
+    assert to_conversation(old) == {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "f", "content": "1"},
+        ],
+        "tools": [TOOL],
+    }
+    for row in (new, old):
+        assert to_conversation(to_conversation(row)) == to_conversation(row)
+
+
+def test_prompt_and_completion_as_text_and_as_messages() -> None:
+    expected = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
+    assert to_conversation({"prompt": "p", "completion": "c"})["messages"] == expected
+    row = {"prompt": expected, "completion": [{"role": "assistant", "content": "d"}]}
+    assert to_conversation(row)["messages"] == [
+        expected[0],
+        {**expected[1], "train": False},
+        {"role": "assistant", "content": "d"},
+    ]
+    assert "train" not in expected[1]
+
+
+def test_xtuner_turns_without_loss() -> None:
+    row = {"conversation": [{"input": "a", "output": "b", "output_with_loss": False}, {"input": "", "output": "d"}]}
+    notes: list[str] = []
+    assert to_conversation(row, notes=notes)["messages"][1::2] == [
+        {"role": "assistant", "content": "b", "train": False},
+        {"role": "assistant", "content": "d"},
+    ]
+    assert "empty input" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "i", "output": "<nooutput>"}, "no output: 'output' is '<nooutput>'"),
+        ({"instruction": " ", "output": "o"}, "both blank"),
+        ({"instruction_zh": "i"}, "no 'output_zh'"),
+        ({"instruction": "i", "output": "o", "history": [["q"]]}, r"history 1 is not \[question, answer\]: \['q'\]"),
+        ({"instruction": "i", "output": "o", "history": "h"}, "history is str, not a list of pairs"),
+        ({"conversations": "[{}]"}, "conversations is str, not a list of turns"),
+        ({"conversations": [{"from": "humman", "value": "x"}]}, "turn 1: unknown speaker 'humman'.*did you mean human"),
+        ({"conversations": [{"from": "gpt"}]}, r"turn 1 \(gpt\) has no 'value'"),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": f}'}]},
+            r"turn 1 \(function_call\): broken JSON: Expecting value at character 10",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": "{x}"}'}]},
+            r"turn 1 \(function_call\), call 1: arguments: broken JSON",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}]},
+            "is not an object",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "name is NoneType, not text"),
+        ({"conversations": [{"from": "function_call", "value": "3"}]}, "is int, not a list of calls: 3"),
+        ({"conversations": [{"from": "gpt", "value": "x"}], "tools": "[{]"}, "tools: broken JSON"),
+        ({"conversations": [{"from": "gpt", "value": "x"}], "tools": [{"x": 1}]}, "tool 1 is not"),
+        (
+            {"conversations": [{"from": "system", "value": "A"}, {"from": "gpt", "value": "x"}], "system": "B"},
+            "two system texts: 'B' and, in turn 1, 'A'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            r"message 1 \(user\): content part 1 is 'image_url': only text",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "only the assistant calls tools"),
+        ({"messages": [{"role": "assistant", "content": "x", "train": "no"}]}, "train is 'no', not true or false"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "weight is 0.5, not 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "a\udc00"}]}, r"message 1 \(assistant\): content has the lone"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "tools": [TOOL], "functions": [SCHEMA]}, "keep one"),
+        (
+            {"prompt": "p", "completion": [{"role": "assistant", "content": "c"}]},
+            "prompt is str, not a list of messages",
+        ),
+        ({"prompt": [{"role": "user", "content": "p"}], "completion": []}, "no assistant turn in 'completion'"),
+        ({"conversation": [{"input": "a", "output": "b", "output_with_loss": 0}]}, "output_with_loss is 0, not true"),
+        (
+            {"conversation": [{"input": "1", "output": "2"}, {"system": "S", "input": "3", "output": "4"}]},
+            "turn 2: system differs from the first turn's",
+        ),
+        ({"Question": "q", "Answer": "No Answers."}, "no answer: 'Answer' is 'No Answers.'"),
+        ({"Question": " ", "Answer": "a"}, "no 'Question'"),
+    ],
 )
-def test_any_row_is_converted_or_refused_with_a_reason(row: dict) -> None:
-    try:
-        conversation = to_conversation(row)
-    except RowError as reason:
-        assert str(reason)
-    else:
-        assert any(
-            message["role"] == "assistant" and message["content"].strip() for message in conversation["messages"]
-        )
+def test_more_rows_that_do_not_fit_say_why(row: object, said: str) -> None:
+    with pytest.raises(RowError, match=said) as caught:
+        to_conversation(row)
+    assert "\n" not in str(caught.value)
+
+
+def test_deep_schemas_are_refused_before_they_break_a_template() -> None:
+    deep: dict = {}
+    for _ in range(5000):
+        deep = {"x": deep}
+    with pytest.raises(RowError, match="nested more than 100 levels"):
+        to_conversation({"conversations": [{"from": "gpt", "value": "x"}], "tools": [{**SCHEMA, "parameters": deep}]})
+
+
+def test_the_report_counts_notes_beside_dropped_rows(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "### Human: q### Assistant: a### Human: r"}',
+        '{"text": "plain", "text": "last"}',
+        '{"text": ""}',
+    ]
+    path = written(tmp_path / "a.jsonl", "\n".join(lines))
+    report = DataReport()
+    kept = load_conversations(DataSettings(path=str(path), on_bad_row="drop"), report=report)
+    assert kept[1] == (2, {"text": "last"})
+    assert report.read == 3
+    assert report.dropped == {"'text' is blank: nothing to train": [3]}
+    assert list(report.notes.values()) == [[2], [1]] or list(report.notes.values()) == [[1], [2]]
+    assert "; noted: the last user turn, which has no answer, left off: row 1" in report.summary()
