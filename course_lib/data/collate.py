@@ -10,9 +10,15 @@ from course_lib.data.tokenize import IGNORE_INDEX, Example
 if TYPE_CHECKING:
     import torch
 
+    from course_lib.data.packing import PackPlan
 
-def flatten(examples: Sequence[Example]) -> dict[str, torch.Tensor | int]:
+
+def flatten(examples: Sequence[Example], *, isolate: bool = True) -> dict[str, torch.Tensor | int]:
     """Lay examples end to end in one row, with no padding.
+
+    Args:
+        isolate: false takes the examples as one, as a pack of strategy `concat` does: positions run on, each sample
+            sees those before it, and its first token, where labelled, is predicted from the sample before.
 
     Returns:
         input_ids, labels, position_ids: int64, shape (1, tokens); positions restart at each example.
@@ -24,6 +30,8 @@ def flatten(examples: Sequence[Example]) -> dict[str, torch.Tensor | int]:
     """
     import torch
 
+    if not isolate:
+        examples = [join(examples)]
     input_ids = [token for example in examples for token in example.input_ids]
     labels = [label for example in examples for label in [IGNORE_INDEX, *example.labels[1:]]]
     positions = [position for example in examples for position in range(len(example.input_ids))]
@@ -41,6 +49,14 @@ def flatten(examples: Sequence[Example]) -> dict[str, torch.Tensor | int]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def join(examples: Sequence[Example]) -> Example:
+    """Make one example of several, so that nothing after it knows where one ended and the next began."""
+    return Example(
+        input_ids=[token for example in examples for token in example.input_ids],
+        labels=[label for example in examples for label in example.labels],
+    )
 
 
 def pad(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -63,3 +79,11 @@ def pad(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, torch.Te
         batch["attention_mask"][row, :length] = 1
         batch["labels"][row, 1:length] = torch.tensor(example.labels[1:])
     return batch
+
+
+def examples_of_pack(plan: PackPlan, number: int, examples: Sequence[Example]) -> list[Example]:
+    """Examples of a pack. Where the plan does not isolate samples they become one: the pack is what attention sees."""
+    if plan.isolated:
+        return [examples[piece.example] for piece in plan[number]]
+    cut = [(examples[example], slice(start, start + length)) for example, start, length in plan[number]]
+    return [join([Example(example.input_ids[part], example.labels[part]) for example, part in cut])]

@@ -9,14 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from course_lib.data.conversation import Conversation, Message
+from course_lib.data.conversation import Conversation, Message, Tool
 from course_lib.data.templates import ChatTemplate, Rendered, render, render_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["all", "last", "marked"]
 
 IGNORE_INDEX = -100  # the label of a token the loss does not see; PyTorch's default ignore_index
 _BREAK = "\ufdd0"  # Unicode promises never to give this code point a meaning
@@ -39,17 +41,31 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
 
-def encode_conversation(row: Conversation, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenise a conversation and label the assistant's words and the tokens that end its turns.
+def encode_conversation(
+    row: Conversation,
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_on: TrainOn = "all",
+) -> Example:
+    """Tokenise a row and label what is trained.
 
-    Assistant turns with `train: False` are context only.
+    Of a conversation, the assistant's words and the tokens that end its turns; of plain text (`text` rows, for continued
+    pre-training) every token, between the tokenizer's BOS and EOS where it has them.
+
+    Args:
+        train_on: `all` assistant turns but those with `train: False`; the `last` one alone; or `marked`, those with
+            `train: True`.
 
     Raises:
         RowError: the template cannot render the conversation.
     """
+    if "text" in row:
+        return _encode_text(row["text"], tokenizer)
     messages = row["messages"]
-    rendered = render(_broken(messages, tokenizer), template, tokenizer)
-    wanted = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+    broken = _broken([*messages, *row.get("tools", [])], tokenizer)
+    rendered = render(broken[: len(messages)], template, tokenizer, broken[len(messages) :] or None)
+    wanted = _wanted_answers(messages, train_on)
     input_ids, answer_of = _encode(rendered, tokenizer)
     labels = [
         token if answer is not None and wanted[answer] else IGNORE_INDEX
@@ -58,9 +74,34 @@ def encode_conversation(row: Conversation, template: ChatTemplate, tokenizer: Pr
     return Example(input_ids=input_ids, labels=labels)
 
 
-def encode_prompt(messages: Sequence[Message], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Tool] = (),
+) -> list[int]:
     """Token ids the model is fed before its next answer: a prefix of what training saw for the same turns."""
-    return _encode(render_prompt(_broken(messages, tokenizer), template, tokenizer), tokenizer)[0]
+    broken = _broken([*messages, *tools], tokenizer)
+    rendered = render_prompt(broken[: len(messages)], template, tokenizer, broken[len(messages) :] or None)
+    return _encode(rendered, tokenizer)[0]
+
+
+def _wanted_answers(messages: Sequence[Message], train_on: TrainOn) -> list[bool]:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if train_on == "last":
+        return [number == len(answers) and answer.get("train", True) for number, answer in enumerate(answers, start=1)]
+    return [answer.get("train", train_on == "all") for answer in answers]
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """BOS, text, EOS. The EOS is what teaches a model where a text ends; a tokenizer whose BOS opens chat turns does
+    without one (ChatML's `<|im_start|>`)."""
+    broken = _broken([{"text": text}], tokenizer)[0]["text"]
+    ids = _encode(Rendered(text=broken, answers=()), tokenizer)[0]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    opens_turns = tokenizer.bos_token in ("<|im_start|>", "<|im_end|>", tokenizer.eos_token)
+    ids = ([bos] if bos is not None and not opens_turns else []) + ids + ([eos] if eos is not None else [])
+    return Example(input_ids=ids, labels=list(ids))
 
 
 def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
@@ -106,15 +147,15 @@ def _encode_in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) ->
 _patterns: WeakKeyDictionary[Any, re.Pattern[str]] = WeakKeyDictionary()
 
 
-def _broken(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Message]:
-    """The messages with a break after the first character of every spelling of a special or added token."""
+def _broken(parts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Messages or tools with a break after the first character of every spelling of a special or added token."""
     pattern = _patterns.get(tokenizer)
     if pattern is None:
         names = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
         # a token of one character, or of white space alone, cannot be forged: it means no more than it says
         names = [re.escape(name) for name in names if len(name) > 1 and name.strip()]
         pattern = _patterns[tokenizer] = re.compile("|".join(names) or r"(?!)")
-    return [_break_strings(message, pattern) for message in messages]
+    return [_break_strings(part, pattern) for part in parts]
 
 
 def _break_strings(value: Any, pattern: re.Pattern[str]) -> Any:

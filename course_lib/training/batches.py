@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from course_lib.data.collate import examples_of_pack
 from course_lib.data.packing import plan_packs
 from course_lib.data.tokenize import Example
 from course_lib.recipe import DataSettings, TrainingSettings
@@ -41,13 +42,13 @@ class StepPlan:
 def plan_steps(examples: Sequence[Example], data: DataSettings, training: TrainingSettings) -> StepPlan:
     """Pack the examples and count the steps of the run."""
     lengths = [len(example.input_ids) for example in examples]
-    packs = plan_packs(lengths, max_length=data.max_length, strategy=data.packing)
+    packs = plan_packs(lengths, max_length=data.max_length, strategy=data.packing, seed=training.seed)
     steps_per_epoch = math.ceil(len(packs) / (training.batch_size * training.accumulation))
     total_steps = max(1, math.ceil(training.epochs * steps_per_epoch))
     if training.max_steps is not None:
         total_steps = min(total_steps, training.max_steps)
     return StepPlan(
-        packs=[[examples[number] for number in pack] for pack in packs],
+        packs=[examples_of_pack(packs, number, examples) for number in range(len(packs))],
         batch_size=training.batch_size,
         accumulation=training.accumulation,
         total_steps=total_steps,

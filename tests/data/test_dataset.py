@@ -112,3 +112,46 @@ def test_hub_address_must_name_a_file() -> None:
 def test_hub_file_without_network_says_what_to_do() -> None:
     with pytest.raises(CourseError, match="could not be fetched.*HF_ENDPOINT"):
         locate("hf://datasets/owner/name/file.json")
+
+
+@pytest.mark.parametrize(("over_long", "rows", "longest"), [("truncate", 1, 150), ("split", 5, 150), ("drop", 0, 0)])
+def test_over_long_rows_are_cut_split_or_left_out_by_rule(
+    tokenizer: Any, tmp_path: Path, over_long: str, rows: int, longest: int
+) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(
+        json.dumps([{"instruction": "q", "output": "word " * 120}, {"instruction": "q", "output": "short"}])
+    )
+    dataset = load(tokenizer, path=str(path), max_length=150, over_long=over_long)
+    long = [example for example in dataset.train if len(example.input_ids) > 140]
+    assert dataset.report.read == 2
+    assert dataset.report.kept == (1 if over_long == "drop" else 2)
+    assert (over_long == "drop") == ("longer than max_length" in dataset.report.dropped)
+    assert max((len(example.input_ids) for example in long), default=0) <= 150
+    assert all(example.trained_tokens for example in dataset.train)
+    if over_long == "split":
+        trained = sum(example.trained_tokens for example in dataset.train)
+        whole = load(tokenizer, path=str(path), max_length=2000)
+        assert trained >= sum(example.trained_tokens for example in whole.train) - rows  # first tokens of later parts
+
+
+def test_which_turns_are_trained(tokenizer: Any, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one"}] * 2
+    turns[3] = {"role": "assistant", "content": "two", "train": True}
+    path = tmp_path / "turns.json"
+    path.write_text(json.dumps([{"messages": turns}]))
+    trained = {}
+    for train_on in ("all", "last", "marked"):
+        example = load(tokenizer, path=str(path), train_on=train_on).train[0]
+        trained[train_on] = tokenizer.decode([label for label in example.labels if label >= 0])
+    assert trained == {"all": "one<|im_end|>two<|im_end|>", "last": "two<|im_end|>", "marked": "two<|im_end|>"}
+
+
+def test_plain_text_is_trained_whole_and_ends_in_the_end_token(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "Once <|im_end|> upon"}))
+    example = load(tokenizer, path=str(path)).train[0]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert example.labels == example.input_ids
+    assert tokenizer.decode(example.input_ids) == "Once <|im_end|> upon<|im_end|>"
+    assert example.input_ids.count(end) == 1
