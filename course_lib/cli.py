@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from course_lib.cli_data import data_app
 from course_lib.errors import CourseError, InputError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ models_app = typer.Typer(no_args_is_help=True, help="The models the course knows
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
 
 ScaleOption = Annotated[
     str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")

@@ -179,7 +179,7 @@ def load_model(
         check_adapter(adapter, folder)
 
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise InputError(f"{folder}: needs the Python code in its folder; read it, then set trust_remote_code")
@@ -204,7 +204,7 @@ def load_model(
     small = sum(file.stat().st_size for file in weight_files(folder)) < QUIET_BELOW_BYTES
     try:
         with fetching.quiet_transformers() if small else nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=computed if quantization else getattr(torch, automatic if dtype == "auto" else dtype),
@@ -222,14 +222,34 @@ def load_model(
         raise CourseError(
             f"{folder}: too large for the memory of {device} as {dtype}; try nf4 or a smaller model"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # safetensors, tokenizers and bitsandbytes each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: cannot be loaded as {dtype} on {device} ({reason})") from error
     if missing := report["missing_keys"]:
         raise InputError(f"{folder}: tensor {min(missing)} is missing; the folder is incomplete: fetch it again")
+    return model, tokenizer
+
+
+def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone; its pad token is set (the end token if it had none).
+
+    Raises:
+        InputError: the folder holds no tokenizer that can be read; else as `model_folder`.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(name_or_path)
+    try:
+        with fetching.quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

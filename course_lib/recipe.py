@@ -67,8 +67,12 @@ class DataSettings(Section):
     max_rows: Positive | None = None
     on_bad_row: Literal["error", "drop"] = "error"
     held_out: Annotated[int, Field(ge=0)] = 0  # rows kept for the held-out loss
-    max_length: Annotated[int, Field(ge=8)] = 512  # tokens; longer rows are cut
-    packing: Literal["none", "best-fit"] = "best-fit"
+    max_length: Annotated[int, Field(ge=8)] = 512  # tokens
+    over_long: Literal["truncate", "split", "drop"] = (
+        "truncate"  # rows of more tokens: cut, cut into several, or left out
+    )
+    train_on: Literal["all", "last", "marked"] = "all"  # which assistant turns; marked are those with "train": true
+    packing: Literal["none", "concat", "best-fit"] = "best-fit"  # concat lets samples see each other: only to compare
     seed: int = 0  # choice of held-out rows and of generated ones
 
     @model_validator(mode="after")

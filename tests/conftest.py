@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from course_runner import Course, Result
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REAL_DATA = Path(os.environ.get("COURSE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -52,3 +55,28 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"no real data in {REAL_DATA} (set COURSE_REAL_DATA)")
     return REAL_DATA
+
+
+@pytest.fixture
+def course(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Course:
+    """Run `course …` in an empty folder, in this process: importing torch anew for each command would take minutes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COURSE_SCALE", "tiny")
+
+    def run(*arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> Result:
+        with monkeypatch.context() as patch:
+            for key, value in (env or {}).items():
+                patch.setenv(key, value)
+            patch.setattr(sys, "argv", ["course", *arguments])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            capfd.readouterr()
+            try:
+                from course_lib import cli
+
+                cli.main()
+                status = 0
+            except SystemExit as ended:
+                status = ended.code or 0
+        return Result(status, *capfd.readouterr())
+
+    return run

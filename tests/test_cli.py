@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-
-from course_lib import cli
-
-
-@dataclass
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Course = Callable[..., Result]
-
-
-@pytest.fixture
-def course(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Course:
-    """Run `course …` in an empty folder, in this process: importing torch anew for each command would take minutes."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COURSE_SCALE", "tiny")
-
-    def run(*arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> Result:
-        with monkeypatch.context() as patch:
-            for key, value in (env or {}).items():
-                patch.setenv(key, value)
-            patch.setattr(sys, "argv", ["course", *arguments])
-            patch.setattr(sys, "stdin", io.StringIO(stdin))
-            capfd.readouterr()
-            try:
-                cli.main()
-                status = 0
-            except SystemExit as ended:
-                status = ended.code or 0
-        return Result(status, *capfd.readouterr())
-
-    return run
+from course_runner import Course, Result
 
 
 @pytest.fixture

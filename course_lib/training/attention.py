@@ -1,8 +1,9 @@
 """Attention over a flat row of several examples, none of which sees another.
 
 transformers isolates packed samples under SDPA only while no 2-D mask and no cache is given, and mixes them in
-silence otherwise. Here each example is its own call of scaled_dot_product_attention, so there is nothing to mix,
-and no time goes into the blocks of a mask that are empty.
+silence otherwise. Here nothing can mix: on a GPU in 16 bits PyTorch's variable-length flash attention gets the edges of
+the samples; elsewhere each sample is its own call of scaled_dot_product_attention, and no time goes into the empty blocks
+of a mask.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build of torch without flash attention
+    varlen_attn = None
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,13 +36,17 @@ def segments_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment of one flat row, in transformers' attention interface.
 
     Args:
         query: shape (1, heads, tokens, head_dim); key and value: (1, key_value_heads, tokens, head_dim).
-        cu_seq_lens_q: int32 on the CPU, shape (segments + 1,): where each segment starts, and the end.
+        cu_seq_lens_q: int32, shape (segments + 1,): where each segment starts, and the end. On the CPU or, for
+            variable-length attention, on the device of the query: it is never copied here, so no layer waits.
+        max_length_q: the longest segment.
 
     Returns:
         Shape (1, tokens, heads, head_dim), and no attention weights.
@@ -48,12 +58,31 @@ def segments_attention_forward(
         raise ValueError(
             "segments attention needs cu_seq_lens_q; call the model with what data/collate.py's flatten() returns"
         )
-    edges = cu_seq_lens_q.tolist()
+    if varlen_attn is not None and cu_seq_lens_q.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        groups = query.shape[1] // key.shape[1]
+        output = varlen_attn(
+            query[0].transpose(0, 1),
+            repeat_kv(key, groups)[0].transpose(0, 1),
+            repeat_kv(value, groups)[0].transpose(0, 1),
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1, 0),  # all earlier tokens, no later ones: causal
+        )
+        return output.unsqueeze(0), None
     outputs = [
         sdpa_attention_forward(
-            module, query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], attention_mask=None, **kwargs
+            module,
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attention_mask=None,
+            scaling=scaling,
+            **kwargs,
         )[0]
-        for start, end in pairwise(edges)
+        for start, end in pairwise(cu_seq_lens_q.tolist())
     ]
     return torch.cat(outputs, dim=1), None
 

@@ -11,12 +11,12 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from course_lib.errors import CourseError, InputError
-from course_lib.files import atomic_folder
+from course_lib.files import atomic_file, atomic_folder
 
 _NAME = re.compile(r"checkpoint-(\d{6})")
 STATE_FILE = "trainer_state.pt"
@@ -44,6 +44,26 @@ def save_checkpoint(
     for _, old in checkpoints(work_dir)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def remove_checkpoints(work_dir: Path) -> None:
+    """Remove an earlier run's checkpoints; its adapter stays until a new one replaces it."""
+    for _, folder in checkpoints(work_dir):
+        shutil.rmtree(folder)
+
+
+def save_bad_batch(work_dir: Path, *, step: int, batch: dict[str, Any], loss: float) -> NoReturn:
+    """Save the batch whose loss is not a number, and end the run.
+
+    Raises:
+        CourseError: always; it names the file.
+    """
+    path = work_dir / "bad_batch.pt"
+    with atomic_file(path) as temporary:
+        torch.save({"step": step, "batch": batch}, temporary)
+    raise CourseError(
+        f"step {step}: the loss is {loss}; the batch is saved in {path}; lower training.lr, or use bfloat16 instead of float16"
+    )
 
 
 def load_state(folder: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:

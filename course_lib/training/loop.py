@@ -23,13 +23,20 @@ from course_lib.data.dataset import Dataset, load_dataset
 from course_lib.data.templates import ChatTemplate, choose_template
 from course_lib.errors import CourseError, InputError
 from course_lib.evaluation import held_out_loss
-from course_lib.files import atomic_file, atomic_folder
-from course_lib.models import load_model, model_folder
+from course_lib.files import atomic_folder
+from course_lib.models import load_model, load_tokenizer, model_folder
 from course_lib.recipe import Recipe
 from course_lib.training.adapters import add_lora, load_weights, save_weights
 from course_lib.training.attention import SEGMENTS, attention, supports_segments
 from course_lib.training.batches import StepPlan, plan_steps
-from course_lib.training.checkpoint import checkpoints, load_state, save_checkpoint, set_random_state
+from course_lib.training.checkpoint import (
+    checkpoints,
+    load_state,
+    remove_checkpoints,
+    save_bad_batch,
+    save_checkpoint,
+    set_random_state,
+)
 from course_lib.training.events import (
     CheckpointSaved,
     Event,
@@ -80,11 +87,14 @@ class _Run:
             listener(event)
 
     def batch(self, examples: list) -> dict[str, Any]:
-        """Tensors on the model's device; the segment edges stay on the CPU, where attention reads them without a wait."""
+        """Tensors on the model's device. The segment edges stay on the CPU where attention runs once a segment, and go
+        along where it takes them itself: no layer waits for a copy."""
         tensors = flatten(examples) if self.flat else pad(examples, pad_token_id=self.tokenizer.pad_token_id or 0)
         device = self.accelerator.device
+        takes_edges = device.type == "cuda" and self.accelerator.mixed_precision != "no"
+        stays = ("max_",) if takes_edges else ("max_", "cu_")
         return {
-            name: value if name.startswith(("cu_", "max_")) else value.to(device, non_blocking=True)
+            name: value if name.startswith(stays) else value.to(device, non_blocking=True)
             for name, value in tensors.items()
         }
 
@@ -124,7 +134,7 @@ def train(
     if resume and done:
         first_step = _restore(run, done[-1][1])
     elif overwrite:
-        _clear(work_dir)
+        remove_checkpoints(work_dir)
     recipe.save(work_dir / "recipe.yaml")
     kept_events = (
         [event for event in read_metrics(work_dir) if event.get("step", 0) <= first_step] if first_step else []
@@ -138,15 +148,18 @@ def _prepare(recipe: Recipe, work_dir: Path) -> _Run:
     set_seed(recipe.training.seed)
     settings = recipe.model
     base_folder = model_folder(settings.name)
-    model, tokenizer = load_model(
-        settings.name,
+    tokenizer = load_tokenizer(base_folder, trust_remote_code=settings.trust_remote_code)
+    template = choose_template(tokenizer, settings.template)
+    dataset = load_dataset(
+        recipe.data, template=template, tokenizer=tokenizer
+    )  # before the model: wrong data is soon told
+    model, _ = load_model(
+        base_folder,
         dtype=settings.dtype,
         double_quant=settings.double_quant,
         compute_dtype=None if settings.compute_dtype == "auto" else settings.compute_dtype,
         trust_remote_code=settings.trust_remote_code,
     )
-    template = choose_template(tokenizer, settings.template)
-    dataset = load_dataset(recipe.data, template=template, tokenizer=tokenizer)
     if recipe.training.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.lora is not None:
@@ -239,7 +252,7 @@ def _step(run: _Run, step: int, trainable: list[torch.nn.Parameter]) -> StepDone
         with accelerator.autocast():
             loss = supervised_loss(run.model, batch) / total_trained
         if not torch.isfinite(loss):
-            _save_bad_batch(run, step, batch, loss.item())
+            save_bad_batch(run.work_dir, step=step + 1, batch=batch, loss=loss.item())
         accelerator.backward(loss)
         loss_sum += loss.detach()
     grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm))
@@ -331,23 +344,6 @@ def _restore(run: _Run, folder: Path) -> int:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     set_random_state(state["random"])
     return state["step"]
-
-
-def _clear(work_dir: Path) -> None:
-    """Remove an earlier run's checkpoints; its adapter stays until the new one replaces it."""
-    import shutil
-
-    for _, folder in checkpoints(work_dir):
-        shutil.rmtree(folder)
-
-
-def _save_bad_batch(run: _Run, step: int, batch: dict[str, Any], loss: float) -> None:
-    path = run.work_dir / "bad_batch.pt"
-    with atomic_file(path) as temporary:
-        torch.save({"step": step + 1, "batch": batch}, temporary)
-    raise CourseError(
-        f"step {step + 1}: the loss is {loss}; the batch is saved in {path}; lower training.lr, or use bfloat16 instead of float16"
-    )
 
 
 def _is_due(every: int, step: int) -> bool:

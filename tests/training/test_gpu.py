@@ -118,3 +118,44 @@ def test_the_7b_recipe_trains(tiny: Path, tmp_path: Path) -> None:
     )
     assert min(step["grad_norm"] for step in steps) > 0
     assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_variable_length_attention_isolates_samples_in_loss_and_gradients(tiny: Path) -> None:
+    """Invariant 3 on a GPU: a flat row in bfloat16 against single rows in float32, by relative error of every gradient."""
+    from course_lib.data.collate import flatten, pad
+    from course_lib.data.tokenize import IGNORE_INDEX, Example
+    from course_lib.training import attention as attention_module
+    from course_lib.training.loss import supervised_loss
+
+    assert attention_module.varlen_attn is not None
+    generator = torch.Generator().manual_seed(3)
+    examples = []
+    for length, prompt in ((300, 40), (17, 5), (129, 100), (64, 2)):
+        ids = torch.randint(3, 250, (length,), generator=generator).tolist()
+        examples.append(Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:]))
+
+    def on_gpu(batch: dict) -> dict:
+        return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+    def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: parameter.grad.float().clone() for name, parameter in model.named_parameters()}
+
+    exact, _ = load_model("tiny", dtype="float32")
+    expected_loss = sum(supervised_loss(exact, on_gpu(pad([example], pad_token_id=0))) for example in examples)
+    expected = gradients(exact, expected_loss)
+    model, _ = load_model("tiny", dtype="bfloat16")
+    errors = {}
+    for layout in ("single rows", "flat"):
+        if layout == "flat":
+            with attention_module.attention(model, attention_module.SEGMENTS):
+                loss = supervised_loss(model, on_gpu(flatten(examples)))
+                got = gradients(model, loss)
+        else:
+            loss = sum(supervised_loss(model, on_gpu(pad([example], pad_token_id=0))) for example in examples)
+            got = gradients(model, loss)
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=5e-3)
+        errors[layout] = max(((got[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
+    print("largest relative gradient error in bfloat16:", errors)
+    assert errors["flat"] < 2 * errors["single rows"]  # no worse than bfloat16 itself

@@ -67,6 +67,18 @@ def test_every_layout_gives_the_loss_and_gradients_of_single_rows(
         assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def test_isolated_samples_equal_single_rows_under_eager_attention_too(model: Any, examples: list[Example]) -> None:
+    with attention(model, "eager"):
+        expected_loss = sum(plain_loss(model, example) for example in examples)
+        expected = gradients(model, expected_loss)
+    with attention(model, SEGMENTS):
+        loss = supervised_loss(model, flatten(examples))
+        got = gradients(model, loss)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_contamination_would_be_seen(model: Any, examples: list[Example]) -> None:
     """The test above can fail: the same flat row under one causal mask gives another loss."""
     batch = flatten(examples)

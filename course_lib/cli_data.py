@@ -1,0 +1,150 @@
+"""`course data …`: look into data files, show what a recipe makes of its rows, convert and split."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+data_app = typer.Typer(no_args_is_help=True, help="Look into data files; convert and split them.")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+FormatOption = Annotated[str, typer.Option("--format", help="the rows' format; auto tells by their keys")]
+
+
+@data_app.command()
+def check(
+    file: Path,
+    row_format: FormatOption = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option(help="whose tokenizer and template measure the rows; default: the dial's model, if it is here"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Account for every row: what fits, what does not and why, lengths, duplicates, languages."""
+    from course_lib.data.check import check_file
+    from course_lib.data.preview import tokenizer_and_template
+
+    tokenizer, template = tokenizer_and_template(model)
+    result = check_file(file, row_format=row_format, tokenizer=tokenizer, template=template).as_dict()
+    if as_json:
+        _print_json(result)
+        return
+    table = Table(box=None, pad_edge=False, show_header=False, title=str(file), title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name in ("format", "rows", "kept"):
+        table.add_row(name, str(result[name]))
+    for kind in ("dropped", "notes"):
+        for reason, count in result[kind].items():
+            numbers = (
+                f" (rows {', '.join(map(str, result['dropped_rows'][reason][:8]))}{' …' if count > 8 else ''})"
+                if kind == "dropped"
+                else ""
+            )
+            table.add_row("dropped" if kind == "dropped" else "noted", Text(f"{count}: {reason}{numbers}"))
+    table.add_row(
+        "answers a row", ", ".join(f"{answers}: {rows} rows" for answers, rows in result["answers_per_row"].items())
+    )
+    for name in ("tool_calls", "empty_answers", "duplicates", "near_duplicates"):
+        table.add_row(name.replace("_", " "), str(result[name]))
+    table.add_row(
+        "languages", ", ".join(f"{language} {rows}" for language, rows in list(result["languages"].items())[:12])
+    )
+    if tokens := result.get("tokens"):
+        table.add_row(
+            "tokens",
+            f"{tokens['total']:,}, trained {tokens['trained_share']:.0%}; a row: {tokens['shortest']} to {tokens['longest']}, median {tokens['median']}",
+        )
+        most = max(tokens["histogram"].values(), default=1)
+        for span, rows in tokens["histogram"].items():
+            table.add_row(f"  {span}", f"{'█' * round(40 * rows / most) or '▏'} {rows}")
+    else:
+        table.add_row(
+            "tokens",
+            "not measured: the dial's model is not on this machine (course models fetch), or name one with --model",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@data_app.command()
+def preview(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe's name, or a YAML file")],
+    number: Annotated[int, typer.Option("-n", help="how many rows or packs")] = 3,
+    packed: Annotated[bool, typer.Option("--packed", help="show packs instead of rows")] = False,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is trained: bold and underlined tokens count in the loss, the others are only read."""
+    from course_lib.data.preview import preview_recipe
+    from course_lib.recipe import load_recipe
+
+    shown = preview_recipe(load_recipe(recipe, overrides or []), number=number, packed=packed)
+    if as_json:
+        for row in shown.rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for index, row in enumerate(shown.rows, start=1):
+        trained = sum(label != -100 for label in row["labels"])
+        console.rule(
+            f"{'pack' if packed else 'row'} {index}: {len(row['input_ids'])} tokens, {trained} trained", align="left"
+        )
+        console.print(shown.text(row))
+    print(shown.summary, file=sys.stderr)
+
+
+@data_app.command()
+def convert(
+    source: Path,
+    target: Path,
+    row_format: FormatOption = "auto",
+    to: Annotated[str, typer.Option(help="messages (JSON Lines) or xtuner (one JSON array)")] = "messages",
+) -> None:
+    """Write every row that fits in another form."""
+    from course_lib.data.write import convert_file
+
+    report = convert_file(source, target, row_format=row_format, to=to)
+    print(report.summary(), file=sys.stderr)
+    print(target)
+
+
+@data_app.command()
+def split(
+    source: Path,
+    test: Annotated[float, typer.Option(help="share of rows in the test part")] = 0.3,
+    group_by: Annotated[
+        str, typer.Option(help="rows that share it stay together: question, or a field's name")
+    ] = "question",
+    seed: Annotated[int, typer.Option()] = 0,
+    row_format: FormatOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write NAME-train.jsonl and NAME-test.jsonl beside the file; no question stands on both sides."""
+    from course_lib.data.write import split_file
+
+    done = split_file(source, test=test, group_by=group_by, seed=seed, row_format=row_format)
+    print(done.report.summary(), file=sys.stderr)
+    if as_json:
+        _print_json(
+            {
+                "train": str(done.train),
+                "test": str(done.test),
+                "train_rows": done.train_rows,
+                "test_rows": done.test_rows,
+                "groups": done.groups,
+            }
+        )
+    else:
+        print(f"{done.train}  {done.train_rows} rows\n{done.test}  {done.test_rows} rows")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
