@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from course_lib.errors import InputError, did_you_mean
 from course_lib.files import file_to_write, read_text, write_text
+from course_lib.scale import DEFAULT_MODEL
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's generator takes
 
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values are checked when set."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -47,6 +51,13 @@ class LoraSettings(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"  # or names of linear layers, such as [q_proj, v_proj]
 
+    @field_validator("targets")
+    @classmethod
+    def _at_least_one(cls, targets: str | list[str]) -> str | list[str]:
+        if not targets:
+            raise ValueError("name at least one linear layer, or all-linear (lora: null trains every weight)")
+        return targets
+
 
 class IdentitySettings(Section):
     """The generated data set of a personal assistant (data/identity.py)."""
@@ -66,14 +77,14 @@ class DataSettings(Section):
     identity: IdentitySettings | None = None  # instead of a path
     max_rows: Positive | None = None
     on_bad_row: Literal["error", "drop"] = "error"
-    held_out: Annotated[int, Field(ge=0)] = 0  # rows kept for the held-out loss
-    max_length: Annotated[int, Field(ge=8)] = 512  # tokens
+    held_out: Count = 0  # rows kept for the held-out loss: at most a fifth of all
+    max_length: Annotated[int, Field(ge=8, le=10**9)] = 512  # tokens
     over_long: Literal["truncate", "split", "drop"] = (
         "truncate"  # rows of more tokens: cut, cut into several, or left out
     )
     train_on: Literal["all", "last", "marked"] = "all"  # which assistant turns; marked are those with "train": true
     packing: Literal["none", "concat", "best-fit"] = "best-fit"  # concat lets samples see each other: only to compare
-    seed: int = 0  # choice of held-out rows and of generated ones
+    seed: Seed = 0  # choice of held-out rows and of generated ones
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSettings:
@@ -87,10 +98,10 @@ class TrainingSettings(Section):
 
     batch_size: Positive = 1  # packs a micro-batch, on each GPU
     accumulation: Positive = 1  # micro-batches a step
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 1
     max_steps: Positive | None = None  # ends the run early; the schedule ends with it
     optimizer: Optimizer = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 2e-4
+    lr: Annotated[float, Field(gt=0, le=10)] = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -98,9 +109,9 @@ class TrainingSettings(Section):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     gradient_checkpointing: bool = False
     log_every: Positive = 1  # steps
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 saves at the end only
+    checkpoint_every: Count = 0  # steps; 0 saves at the end only
     keep_checkpoints: Positive = 2
-    seed: int = 0  # order of the data, dropout, adapter start
+    seed: Seed = 0  # order of the data, dropout, adapter start
 
 
 class EvaluationSettings(Section):
@@ -108,7 +119,7 @@ class EvaluationSettings(Section):
 
     questions: list[str] = []
     system: str = ""
-    every: Annotated[int, Field(ge=0)] = 0  # steps; 0 evaluates before and after training only
+    every: Count = 0  # steps; 0 evaluates before and after training only
     max_new_tokens: Positive = 60
 
 
@@ -161,6 +172,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise InputError(f"{path}: broken YAML{where}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        raise InputError(f"{path}: holds nothing but comments; course recipes show NAME prints a whole recipe")
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a recipe of keys and values")
     for override in overrides:
@@ -191,7 +204,7 @@ def recipe_for(task: str, scale: str) -> Recipe:
     for recipe in recipes:
         if recipe.task == task and recipe.scale == wanted:
             if scale == "tiny":
-                recipe.scale, recipe.model.name, recipe.training.max_steps = "tiny", "tiny", 2
+                recipe.scale, recipe.model.name, recipe.training.max_steps = "tiny", DEFAULT_MODEL["tiny"], 2
             return recipe
     tasks = sorted({recipe.task for recipe in recipes})
     raise InputError(
@@ -235,13 +248,25 @@ def _override(content: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise InputError(f"--set {override!r}: {section} is not a section of the recipe")
         content = inner
+    content[last] = _read_value(value.strip(), kinds=_kinds_at(key.strip().split(".")))
+
+
+def _read_value(text: str, *, kinds: Sequence[Any]) -> Any:
+    """What the text of an override means for a key of these types.
+
+    Where text is wanted, it is the text itself, quotes left off: YAML would read a name such as No, 1e5 or C: D otherwise.
+    """
+    if str in kinds and not text.startswith(("'", '"')):
+        return None if type(None) in kinds and text in ("", "~", "null") else text
+    loader = yaml.BaseLoader if str in kinds or list[str] in kinds else yaml.SafeLoader  # the first leaves all as text
     try:
-        content[last] = yaml.safe_load(value)
+        value = yaml.load(text, loader)
     except yaml.YAMLError:
-        content[last] = value
-    if isinstance(content[last], str):  # YAML 1.1 reads 1e-4 as text
+        value = text
+    if isinstance(value, str) and "e" in value.lower() and str not in kinds:  # YAML 1.1 reads 1e-4 as text
         with suppress(ValueError):
-            content[last] = float(content[last]) if "e" in content[last].lower() else content[last]
+            return float(value)
+    return value
 
 
 def _explain(error: ValidationError) -> str:
@@ -258,15 +283,28 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing{more}"
     given = first["input"]
+    if first["type"] == "model_type":
+        return f"{key} = {given!r}: is a section; set one of its keys: {', '.join(_keys_at(location))}{more}"
     said = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(given, dict | BaseModel) else f" = {given!r}"
     return f"{key}{shown}: {said[0].lower() + said[1:]}{more}" if key else f"{said}{more}"
 
 
 def _keys_at(location: Sequence[Any]) -> list[str]:
-    section: type[BaseModel] = Recipe
+    """Keys of the section at a location; of the recipe itself where there is none."""
+    sections = [kind for kind in _kinds_at(location) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return list((sections[0] if sections else Recipe).model_fields)
+
+
+def _kinds_at(location: Sequence[Any]) -> tuple[Any, ...]:
+    """Types that the value at a location may have; none for an unknown key."""
+    kinds: tuple[Any, ...] = (Recipe,)
     for part in location:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
-    return list(section.model_fields)
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        annotations = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
+        kinds = tuple(kind for annotation in annotations for kind in _union_members(annotation))
+    return kinds
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

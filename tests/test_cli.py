@@ -50,6 +50,12 @@ def refused(result: Result, said: str, status: int = 2) -> None:
         ('[{"messages": [{"role": "robot", "content": "x"}]}]', "row 1: message 1: unknown role 'robot'"),
         (b'[{"instruction": "caf\xe9", "output": "b"}]', "not UTF-8: byte 0xE9 at line 1, column 22"),
         ('[{"a": 1}]', "row 1: no known format"),
+        ("instruction,output\na,b\n", "holds no JSON (line 1 begins 'instruction,output'); rows are read from JSON"),
+        ('"instruction","output"\n"a","b"\n', "holds no JSON (line 1 begins"),
+        (bytes(200), "holds NUL bytes at line 1"),
+        ('[{"instruction": "a"}]'.encode("utf-16"), "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8 rows.json"),
+        ('[{"instruction": "a"}]'.encode("utf-16-le"), "is UTF-16 text"),
+        (r'[{"instruction": "a\ud800", "output": "b"}]', "row 1: row: 'instruction' has the lone surrogate U+D800"),
     ],
 )
 def test_bad_data(course: Course, recipe_file: Path, content: str | bytes | None, said: str) -> None:

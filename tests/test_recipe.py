@@ -68,6 +68,19 @@ def test_lora_null_means_full_fine_tuning(write) -> None:
         ("", ["model.name.x=1"], "name is not a section"),
         ("x: [", [], "broken YAML at line 3"),
         ("x: &a [*a]\n", [], "unknown key 'x'"),
+        ("", ["model=3"], "model = 3: is a section; set one of its keys: name, dtype, "),
+        ("", ["lora=16"], "lora = 16: is a section; set one of its keys: r, alpha, "),
+        ("", ["lora.targets=[]"], "name at least one linear layer"),
+        ("", ["lora.r=10000000000"], r"lora\.r = 10000000000: input should be less than or equal to 1000000000"),
+        ("", ["data.max_rows=1e12"], r"data\.max_rows = 1000000000000.0: input should be less"),
+        ("", ["data.max_length=1e12"], r"data\.max_length = 1000000000000.0: input should be less"),
+        ("", ["training.epochs=1e308"], r"training\.epochs = 1e\+308: input should be less than or equal to 1000000"),
+        ("", ["training.epochs=.nan"], r"training\.epochs = nan: input should be a finite number"),
+        ("", ["training.lr=.inf"], r"training\.lr = inf: input should be a finite number"),
+        ("", ["training.lr=1e30"], r"training\.lr = 1e\+30: input should be less than or equal to 10"),
+        ("", ["training.seed=-1"], r"training\.seed = -1: input should be greater than or equal to 0"),
+        ("", ["training.seed=99999999999"], r"training\.seed = 99999999999: input should be less than 4294967296"),
+        ("", ["data.seed=-1"], r"data\.seed = -1"),
     ],
 )
 def test_wrong_recipes_say_what_and_where_in_one_line(write, extra: str, overrides: list[str], said: str) -> None:
@@ -75,6 +88,35 @@ def test_wrong_recipes_say_what_and_where_in_one_line(write, extra: str, overrid
         load_recipe(write(MINIMAL + extra), overrides)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["No", "on", "1e5", "007", "1.5", "null", "~", "2024-01-01", "C: D", "#1", "[x]", "O'Brien", "李雷"]
+)
+def test_an_override_is_read_by_the_type_of_its_key(write, name: str) -> None:
+    text = "model: {name: tiny}\ndata: {identity: {name: Ada, base: tiny}}\n"
+    identity = load_recipe(
+        write(text), [f"data.identity.name={name}", "data.identity.languages=[en, no]"]
+    ).data.identity
+    assert identity is not None
+    assert identity.name == name
+    assert identity.languages == ["en", "no"]
+
+
+def test_text_of_an_override_may_stand_in_quotes_and_null_stays_null_where_it_means_something(write) -> None:
+    quoted = load_recipe(write(MINIMAL), ["evaluation.system='Be kind: always'", 'data.path="a b.json"'])
+    assert (quoted.evaluation.system, quoted.data.path) == ("Be kind: always", "a b.json")
+    text = "model: {name: tiny}\ndata: {path: x, identity: {name: Ada, base: tiny}}\n"
+    assert load_recipe(write(text), ["data.path=null"]).data.path is None
+    assert load_recipe(write(MINIMAL), ["lora.targets=all-linear"]).lora.targets == "all-linear"
+    assert load_recipe(write(MINIMAL), ["lora.targets=[q_proj, v_proj]"]).lora.targets == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n"])
+def test_an_empty_recipe_speaks_of_recipes_not_of_rows(write, text: str) -> None:
+    with pytest.raises(InputError, match="is empty$|holds nothing but comments") as caught:
+        load_recipe(write(text))
+    assert "row" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["just text", "- a list", "3"])
@@ -104,6 +146,12 @@ def test_copy_keeps_comments_and_never_overwrites(tmp_path: Path) -> None:
 
 def test_pattern_ignores_case() -> None:
     assert recipe_names("ALPACA") == recipe_names("alpaca") != []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_of_a_scale_is_for_the_model_of_that_scale(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.scale is None or recipe.model.name == DEFAULT_MODEL[recipe.scale]
 
 
 @pytest.mark.parametrize("scale", DEFAULT_MODEL)

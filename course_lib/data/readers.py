@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from course_lib.data.conversation import shown
 from course_lib.data.readers_json import JsonReader, why_broken
 from course_lib.data.readers_sheet import iter_sheet_rows
 from course_lib.errors import InputError
+from course_lib.files import decode_text
 
 Note = Callable[[int, str], None]  # row number, what was noted
 
-_ZIP, _GZIP, _BYTE_ORDER_MARK = b"PK\x03\x04", b"\x1f\x8b", b"\xef\xbb\xbf"
+_ZIP, _GZIP = b"PK\x03\x04", b"\x1f\x8b"
 _OTHER_FILES = {
     b"PAR1": "is a Parquet file; write it as JSON Lines first: pandas.read_parquet(…).to_json(…, orient='records', lines=True)",
     b"\xd0\xcf\x11\xe0": "is an old Excel file; save it as .xlsx",
-    b"\xff\xfe": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
-    b"\xfe\xff": "is UTF-16 text; convert it: iconv -f utf-16 -t utf-8",
 }
 _BLANK = re.compile(r"[ \t\n\r]*")
 
@@ -79,23 +79,13 @@ def _filled_lines(path: Path, *, gzipped: bool) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
-                line = _decoded(raw.removeprefix(_BYTE_ORDER_MARK) if number == 1 else raw, path, number)
+                line = decode_text(raw, path, first_line=number)
                 if line.strip():
                     yield number, line.removesuffix("\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: broken gzip ({error}); fetch or pack it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _decoded(raw: bytes, path: Path, line: int) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8: byte 0x{raw[error.start]:02X} at line {line}, column {error.start + 1}; "
-            f"if it is latin-1, convert it: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8{path.suffix}"
-        ) from None
 
 
 def _rest(lines: Iterator[tuple[int, str]], first_line: int, first: str) -> str:
@@ -117,6 +107,11 @@ def _line_rows(
             row = reader.read(line)
         except (ValueError, RecursionError) as error:
             row = _object_over_lines(reader, _rest(lines, line_number, line)) if row_number == 1 else None
+            if row is None and row_number == 1 and not line.lstrip().startswith("{"):
+                raise InputError(
+                    f"{path}: holds no JSON (line {line_number} begins {shown(line[:30])}); rows are read from JSON, JSON Lines, "
+                    "either of them gzipped, and Excel sheets (.xlsx); a table: pandas.read_csv(…).to_json(…, orient='records', lines=True)"
+                ) from None
             if row is None:
                 raise _broken(error, path, line_number) from None
         _tell(note, row_number, reader)
