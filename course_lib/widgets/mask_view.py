@@ -29,7 +29,9 @@ class MaskCell(TypedDict):
     """One token. `id` and `label` are as `encode_conversation` gives them.
 
     `trained` is whether the loss is counted at this token: its label is not -100, and a token before predicts it.
+    `shown` is its text with spaces and line breaks made visible, `named` its text as Python writes it, or its bytes.
     `predicts` is the next token as shown, where that one is trained, else None: what this position is scored on.
+    `description` is all of this as a sentence, for those who hear the page.
     """
 
     position: int
@@ -38,6 +40,7 @@ class MaskCell(TypedDict):
     trained: bool
     kind: str  # text | special | piece (bytes that are no whole character)
     shown: str
+    named: str
     ends_line: bool
     predicts: str | None
     description: str
@@ -92,6 +95,7 @@ def mask_cells(
                 trained=trained,
                 kind=kind,
                 shown=shown,
+                named=named,
                 ends_line="\n" in text,
                 predicts=None,
                 description=f"token {position} {named}, id {token}, label: {said}",
@@ -143,11 +147,11 @@ def _pieces_of_characters(
     """
     pieces: dict[int, tuple[str, str]] = {}
     for first, token in enumerate(ids):
-        if first in pieces or token in special or _BROKEN not in _decode([token], tokenizer):
+        if first in pieces or token in special or _whole_text([token], tokenizer) is not None:
             continue
         text, parts = _completed(ids[first : first + _MOST_PIECES], tokenizer)
         for part in range(parts):
-            raw = _bytes_of(ids[first + part], tokenizer)
+            raw = (_bytes_of(ids[first + part], tokenizer) or b"").hex(" ").upper()
             if text:
                 words = f"{'bytes ' + raw + ', ' if raw else ''}piece {part + 1} of {parts} of {text!r}"
                 pieces[first + part] = (f"⟨{visible(text)} {part + 1}/{parts}⟩", words)
@@ -157,12 +161,26 @@ def _pieces_of_characters(
 
 
 def _completed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The shortest run of tokens from the first that decodes to whole characters: its text and length; ('', 1) if none."""
+    """The shortest run of tokens from the first that makes whole characters: its text and length; ('', 1) if none."""
     for count in range(2, len(ids) + 1):
-        text = _decode(ids[:count], tokenizer)
-        if _BROKEN not in text:
+        text = _whole_text(ids[:count], tokenizer)
+        if text is not None:
             return text, count
     return "", 1
+
+
+def _whole_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text of these tokens, or None where their bytes begin or end inside a character.
+
+    Decoding writes U+FFFD for such bytes; but a text may also contain that character itself, and its bytes tell.
+    """
+    text = _decode(ids, tokenizer)
+    if _BROKEN not in text:
+        return text
+    parts = [_bytes_of(token, tokenizer) for token in ids]
+    if None in parts:
+        return None
+    return text if b"".join(part for part in parts if part) == text.encode() else None
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -175,12 +193,12 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def _bytes_of(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The bytes of a token in hexadecimal, from its spelling in the vocabulary; '' for an unknown spelling."""
+def _bytes_of(token: int, tokenizer: PreTrainedTokenizerBase) -> bytes | None:
+    """The bytes of a token, from its spelling in the vocabulary; None for a spelling in no known alphabet."""
     entry = tokenizer.convert_ids_to_tokens(token)
     if entry.startswith("<0x") and entry.endswith(">"):  # SentencePiece byte fallback
-        return entry[3:-1]
-    return " ".join(f"{_BYTE_OF[letter]:02X}" for letter in entry) if set(entry) <= set(_BYTE_OF) else ""
+        return bytes.fromhex(entry[3:-1])
+    return bytes(_BYTE_OF[letter] for letter in entry) if set(entry) <= set(_BYTE_OF) else None
 
 
 def mask_column(
@@ -249,42 +267,70 @@ class MaskView(anywidget.AnyWidget):
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         data["text/plain"] = repr(self)
-        data["text/html"] = static_html(self.columns)
+        data["text/html"] = static_html(self.columns, shift=self.shift)
         return bundle
 
 
-# Inline styles only, with colours that suit a light page and a dark one; where a page strips even these, <ins> is still
-# underlined, <b> bold and <kbd> boxed.
-_BOX = 'style="border:1px solid;border-radius:3px;padding:2px 3px;background:none;color:inherit"'
-_PIECE = 'style="border:1px dotted;padding:0 2px;background:none;color:inherit"'
-_TRAINED = 'style="background:#2196f340"'
+# GitHub takes the style sheet and all classes away: what is left, <ins> underlined, <b> bold and <kbd> boxed, must do. The
+# shade lets the page shine through, so that it suits a light page and a dark one.
+_STYLE = """<style>
+.course-mask-twin table {border-collapse: collapse; margin: 8px 0; width: 100%; font-size: 13px}
+.course-mask-twin :is(td, th, tr:nth-child(odd), tr:hover) {background: none; border: 0; text-align: left; vertical-align: top}
+.course-mask-twin :is(td, th) {padding: 4px 20px 4px 0; font-weight: 400; white-space: normal}
+.course-mask-tokens {font-family: var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); line-height: 1.8;
+ max-height: 26rem; overflow: auto; overflow-wrap: anywhere}
+.course-mask-twin :is(code, kbd, ins) {display: inline-block; max-width: 100%; box-sizing: border-box; font: inherit; color: inherit;
+ line-height: 1.4; border: 1px solid transparent; border-radius: 4px; padding: 0 2px; box-shadow: none}
+.course-mask-twin code {background: color-mix(in srgb, currentColor 8%, transparent)}
+.course-mask-twin kbd {background: none; border-color: currentColor}
+.course-mask-twin ins {background: color-mix(in srgb, var(--jp-brand-color1, #1976d2) 28%, transparent);
+ text-decoration: underline 2px; text-underline-offset: 3px}
+.course-mask-twin ins kbd {border-width: 0 1px; border-radius: 0}
+.course-mask-shift {line-height: 3.2}
+.course-mask-twin rt {font-size: 0.85em; line-height: 1.3; opacity: 0.85}
+.course-mask-twin ruby {ruby-position: under; margin: 0 2px}
+@media print {.course-mask-tokens {max-height: none}}
+</style>"""
 
 
-def static_html(columns: Sequence[MaskColumn]) -> str:
-    """All tokens of all columns as HTML without script or style sheet, every text of the conversation escaped."""
-    key = (
-        f"<p>How to read it: <ins {_TRAINED}><b>bold and underlined</b></ins> is trained, plain is context only, "
-        f"<kbd {_BOX}>boxed</kbd> is a special token; · is a space, ⏎ a line break, "
-        f"<code {_PIECE}>⟨é 1/2⟩</code> a piece of a character.</p>"
+def static_html(columns: Sequence[MaskColumn], *, shift: bool = False) -> str:
+    """The shown tokens of all columns as HTML without script, every text of the conversation escaped.
+
+    Args:
+        shift: write beside each token the one it is scored on (as `<ruby>`: small, below it).
+    """
+    shifted = (
+        "; the small token below one, after an arrow, is what this position is scored on: the next token"
+        if shift
+        else ""
     )
-    parts = [key]
-    for column in columns:
-        parts.append(f"<p><b>{html.escape(column['name'])}</b>: {html.escape(counts(column))}</p>")
-        if column["cells"]:
-            parts.append(f"<p style='line-height:1.9'>{_static_tokens(column['cells'])}</p>")
-    return "<div>" + "\n".join(parts) + "</div>"
+    key = (
+        "<p>How to read it: <ins><b>bold and underlined</b></ins> is trained, plain is context only, <kbd>boxed</kbd> is a "
+        f"special token; · is a space, ⏎ a line break, ⟨é 1/2⟩ a piece of a character{shifted}.</p>"
+    )
+    heads = "".join(
+        f'<th scope="col" align="left" width="{100 // len(columns)}%"><b>{html.escape(column["name"])}</b><br>{html.escape(counts(column))}</th>'
+        for column in columns
+    )
+    bodies = "".join(
+        f'<td align="left" valign="top"><div class="course-mask-tokens{" course-mask-shift" if shift else ""}" tabindex="0">{_static_tokens(column["cells"], shift)}</div></td>'
+        for column in columns
+    )
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody><tr>{bodies}</tr></tbody></table>"
+    return f'<div class="course-mask-twin">{_STYLE}\n{key}\n{table}</div>'
 
 
-def _static_tokens(cells: Sequence[MaskCell]) -> str:
+def _static_tokens(cells: Sequence[MaskCell], shift: bool) -> str:
     tokens = []
     for cell in cells:
-        tag, style = {"special": ("kbd", f" {_BOX}"), "piece": ("code", f" {_PIECE}"), "text": ("code", "")}[
-            cell["kind"]
-        ]
-        if cell["trained"] and cell["kind"] == "text":
-            tag = "samp"  # a page's own background for <code> would hide the shade
-        token = f'<{tag} title="{cell["position"]}: id {cell["id"]}"{style}>{html.escape(cell["shown"])}</{tag}>'
+        where, text = f'title="{cell["position"]}: id {cell["id"]}"', html.escape(cell["shown"])
         if cell["trained"]:
-            token = f"<ins {_TRAINED}><b>{token}</b></ins>"
+            inner = f"<kbd>{text}</kbd>" if cell["kind"] == "special" else text
+            token = f"<ins {where}><b>{inner}</b></ins>"
+        else:
+            tag = "kbd" if cell["kind"] == "special" else "code"
+            token = f"<{tag} {where}>{text}</{tag}>"
+        if shift and cell["predicts"] is not None:
+            token = f"<ruby>{token}<rt>→{html.escape(cell['predicts'])}</rt></ruby>"
         tokens.append(token + ("<br>" if cell["ends_line"] else ""))
     return " ".join(tokens)

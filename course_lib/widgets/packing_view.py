@@ -17,7 +17,7 @@ _HERE = Path(__file__).parent
 MOST_PACKS = 24  # bars drawn a strategy
 MOST_CELLS = 48  # rows and columns of the attention picture
 _NARROWEST = 1 / 150  # of a bar: samples narrower than this are drawn together
-_TEXT_WIDTH, _TEXT_PACKS, _TEXT_CELLS = 64, 8, 16  # of the static twin
+_TEXT_WIDTH, _TEXT_PACKS, _TEXT_CELLS = 56, 8, 16  # of the static twin
 
 OWN, FOREIGN, UNSEEN = "own", "foreign", "unseen"
 
@@ -94,9 +94,9 @@ def shown_numbers(numbers: dict[str, float]) -> list[tuple[str, str]]:
     return [
         ("packs", f"{numbers['packs']:,}"),
         ("fill", f"{100 * numbers['fill_share']:.1f} %"),
-        ("padding saved, in tokens", f"{numbers['padding_saved']:,}"),
+        ("padding tokens saved", f"{numbers['padding_saved']:,}"),
         ("samples cut", f"{numbers['samples_cut']:,}"),
-        ("tokens without their beginning", f"{numbers['tokens_cut_off']:,}"),
+        ("tokens cut off from their beginning", f"{numbers['tokens_cut_off']:,}"),
         ("tokens lost", f"{numbers['tokens_lost']:,}"),
     ]
 
@@ -178,15 +178,19 @@ def _sentence(pieces: Sequence[Piece], plan: PackPlan, share: float) -> str:
         text = f"{len(pieces)} samples, {len(pieces)} blocks: each token sees only its own sample, and positions restart at each."
     else:
         text = (
-            f"One triangle over {len(pieces)} samples: {100 * share:.0f} % of what the tokens see belongs to another sample (the hatched "
-            "part). That is contamination: an answer is trained with a stranger's text before it."
+            f"One triangle over {len(pieces)} samples: {100 * share:.0f} % of what the tokens see belongs to another sample. "
+            "That is contamination: an answer is trained with unrelated text before it."
         )
     if first.start > 0:
-        text += f" Sample {first.example} began in an earlier pack: its first {first.start:,} tokens are not here."
+        text += f" Sample {first.example} began in an earlier pack, {_tokens(first.start)} before this one."
     missing = int(plan.lengths[last.example]) - last.start - last.length
     if missing:
-        text += f" Sample {last.example} is cut: its last {missing:,} tokens are in a later pack."
+        text += f" Sample {last.example} is cut: {_tokens(missing)} of it lie in later packs."
     return text
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 class PackingView(anywidget.AnyWidget):
@@ -222,6 +226,13 @@ class PackingView(anywidget.AnyWidget):
             views=[{**rows, "shown": shown_numbers(rows["numbers"])} for rows in made], strategy=strategies[0]
         )
 
+    @traitlets.validate("strategy")
+    def _known_strategy(self, proposal: dict[str, Any]) -> str:
+        known = [rows["strategy"] for rows in self.views]
+        if proposal["value"] not in known:
+            raise traitlets.TraitError(f"strategy is {proposal['value']!r}; this view has {', '.join(known)}")
+        return proposal["value"]
+
     def __repr__(self) -> str:
         plans = (
             f"{rows['strategy']} {rows['numbers']['packs']:,} packs, {100 * rows['numbers']['fill_share']:.1f} % full"
@@ -239,60 +250,77 @@ class PackingView(anywidget.AnyWidget):
 
 
 def bar_text(row: PackRow, *, max_length: int, width: int = _TEXT_WIDTH) -> str:
-    """A bar in `width` characters: `[  3  ][ 12 ]//////`; `<` and `>` in place of a bracket where a sample is cut."""
+    """A bar of `width` places between its ends: `│  3  │ 12 │░░░│`; `‹` and `›` stand where a sample is cut."""
     edges = np.cumsum([0, *(segment["length"] for segment in row["segments"])]) * width / max_length
-    starts = np.round(edges).astype(int)
-    text = ""
-    for segment, start, end in zip(row["segments"], starts, starts[1:], strict=False):
-        room = int(end - start)
-        label = segment["label"] if len(segment["label"]) <= room - 2 else ""
-        opening, closing = "<" if segment["begins_earlier"] else "[", ">" if segment["goes_on"] else "]"
-        text += f"{opening}{label:^{room - 2}}{closing}" if room > 1 else "|" * room
-    return text + "/" * (width - len(text))
+    ends = np.round(edges).astype(int).tolist()
+    text = "‹" if row["segments"][0]["begins_earlier"] else "│"
+    for segment, start, end in zip(row["segments"], ends[:-1], ends[1:], strict=True):
+        room = end - start
+        label = segment["label"] if len(segment["label"]) < room else ""
+        text += (f"{label:^{room - 1}}" + ("›" if segment["goes_on"] else "│")) if room else ""
+    unused = width - ends[-1]
+    return text + ("░" * (unused - 1) + "│" if unused else "")
 
 
 def attention_text(row: PackRow, *, isolated: bool, cells: int = _TEXT_CELLS) -> str:
-    """The attention picture in text, `cells` lines at most: ## own sample, // another sample, .. not seen."""
+    """The attention picture in text, `cells` lines at most: ██ own sample, ▒▒ another sample, ·· not seen."""
     places = row["sample_at"]
     step = max(1, -(-len(places) // cells))
-    marks = {OWN: "##", FOREIGN: "//", UNSEEN: ".."}
+    marks = {OWN: "██", FOREIGN: "▒▒", UNSEEN: "··"}
     return "\n".join(
-        "".join(marks[cell] for cell in line) for line in attention_cells(places[::step], isolated=isolated)
+        "".join(marks[cell] for cell in line) for line in attention_cells(places[step // 2 :: step], isolated=isolated)
     )
 
 
+# GitHub takes the style sheet and all classes away; text in <pre> stays, so bars and pictures are drawn with characters.
+_STYLE = """<style>
+.course-packing-twin table {border-collapse: collapse; margin: 8px 0; font-size: 13px}
+.course-packing-twin :is(td, th, tr:nth-child(odd), tr:hover) {background: none; border: 0; vertical-align: top}
+.course-packing-twin :is(td, th) {padding: 3px 0 3px 24px; white-space: normal; text-align: right; font-weight: 400}
+.course-packing-twin tr > :first-child {text-align: left; padding-left: 0}
+.course-packing-twin thead th {font-weight: 700}
+.course-packing-twin tbody > tr > * {border-top: 1px solid color-mix(in srgb, currentColor 25%, transparent)}
+.course-packing-twin td {font-variant-numeric: tabular-nums}
+.course-packing-twin pre {font-family: var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); font-size: 12px;
+ line-height: 1.5; margin: 4px 0 14px; padding: 0; background: none; overflow-x: auto}
+.course-packing-twin pre.course-picture {line-height: 1; color: var(--jp-brand-color1, #2b83d6)}
+.course-packing-strategy {display: flex; flex-wrap: wrap; align-items: flex-start; gap: 4px 32px; margin: 4px 0 12px}
+.course-packing-twin .course-packing-strategy > * {margin: 0; min-width: 0; max-width: 100%}
+.course-packing-strategy > p {flex: 1 1 15rem}
+</style>"""
+
+
 def static_html(views: Sequence[PackingRows]) -> str:
-    """Numbers of all strategies in a table; bars and the first pack's attention as text, since pages strip pictures' styles."""
+    """All strategies as HTML without script: a table of their numbers, their first packs as bars, one attention mask each."""
     names = [name for name, _ in shown_numbers(views[0]["numbers"])]
     head = "".join(f'<th scope="col">{html.escape(rows["strategy"])}</th>' for rows in views)
     body = ""
     for line, name in enumerate(names):
         values = "".join(f"<td>{shown_numbers(rows['numbers'])[line][1]}</td>" for rows in views)
-        body += f'<tr><th scope="row" style="text-align:left">{name}</th>{values}</tr>'
-    parts = [f'<table><thead><tr><th scope="col">packing</th>{head}</tr></thead><tbody>{body}</tbody></table>']
-    parts += [_static_strategy(rows) for rows in views]
-    return "<div>" + "\n".join(parts) + "</div>"
+        body += f'<tr><th scope="row">{name}</th>{values}</tr>'
+    key = (
+        f"<p>A line is a pack of at most {_tokens(views[0]['max_length'])}: its samples by their number, behind it its tokens; ░ unused "
+        "room, ‹ › a sample is cut. Beside it the attention mask of one pack: a line is the token that looks, a column the token it "
+        "looks at; ██ its own sample, ▒▒ another sample, ·· not seen.</p>"
+    )
+    table = f'<table><thead><tr><th scope="col">packing</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    strategies = "\n".join(_static_strategy(rows) for rows in views)
+    return f'<div class="course-packing-twin">{_STYLE}\n{table}\n{key}\n{strategies}</div>'
 
 
 def _static_strategy(rows: PackingRows) -> str:
+    name = html.escape(rows["strategy"])
     shown = rows["packs"][:_TEXT_PACKS]
     if not shown:
-        return f"<p><b>{html.escape(rows['strategy'])}</b>: no samples</p>"
-    size = rows["max_length"]
-    bars = [f"{row['number']:>4} {bar_text(row, max_length=size)} {row['tokens']:>6,}" for row in shown]
+        return f"<b>{name}</b><p>No samples.</p>"
+    bars = [f"{row['number']:>4} {bar_text(row, max_length=rows['max_length'])} {row['tokens']:>6,}" for row in shown]
     more = int(rows["numbers"]["packs"]) - len(shown)
     if more:
-        bars.append(f"     and {more:,} more packs")
-    row = next((row for row in shown if len(row["segments"]) > 1), None)
-    attention = "<p>One sample a pack: each token sees itself and the tokens before it.</p>"
-    if row is not None:
-        attention = (
-            f"<p>Attention in pack {row['number']} (a line: the token that looks; ## its own sample, // another sample, "
-            f".. not seen). {html.escape(row['sentence'])}</p>"
-            f'<pre style="line-height:1.1">{attention_text(row, isolated=rows["isolated"])}</pre>'
-        )
-    cut = "" if rows["isolated"] else ", &lt; and &gt; where a sample is cut"
+        bars.append(f"     and {more:,} more pack{'' if more == 1 else 's'}")
+    row = next((row for row in shown if len(row["segments"]) > 1), shown[0])
+    picture = attention_text(row, isolated=rows["isolated"])
     return (
-        f"<p><b>{html.escape(rows['strategy'])}</b>: each line a pack of at most {size:,} tokens, [ 3 ] sample 3, / unused room{cut}</p>"
-        f'<pre style="line-height:1.3">{html.escape(chr(10).join(bars))}</pre>{attention}'
+        f'<b>{name}</b>\n<div class="course-packing-strategy"><pre tabindex="0">{html.escape(chr(10).join(bars))}</pre>\n'
+        f'<pre class="course-picture" role="img" aria-label="Attention mask, {name}, pack {row["number"]}">{picture}</pre>\n'
+        f"<p><b>Attention in pack {row['number']}.</b> {html.escape(row['sentence'])}</p></div>"
     )
