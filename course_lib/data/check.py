@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.data.conversation import Conversation, RowError
-from course_lib.data.dataset import DataReport
 from course_lib.data.formats import assemble_rows, check_format_name, detect_format, iter_rows, to_conversation
 from course_lib.data.near_duplicates import NearDuplicates
+from course_lib.data.report import DataReport
 from course_lib.data.tokenize import encode_conversation
 
 if TYPE_CHECKING:

@@ -1,21 +1,34 @@
-"""A recipe's rows as tokenised examples, with every row accounted for."""
+"""A recipe's rows as tokenised examples on disk, with every row accounted for.
+
+File → conversations → examples: two tables, each made once for the same content and kept in the cache (data/cache.py). Rows
+go through in batches, so memory stays flat however many there are.
+"""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from course_lib.data.cache import content_key, map_rows, rows_from, tokenizer_key
 from course_lib.data.conversation import Conversation, RowError
+from course_lib.data.examples import Examples
 from course_lib.data.formats import assemble_rows, check_format_name, iter_rows, to_conversation
 from course_lib.data.identity import identity_conversations
+from course_lib.data.report import DataReport
 from course_lib.data.sources import locate
-from course_lib.data.tokenize import Example, TrainOn, encode_conversation
+from course_lib.data.tokenize import Example, TrainOn, encode_conversations
 from course_lib.errors import InputError
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
     from course_lib.data.templates import ChatTemplate
@@ -23,114 +36,85 @@ if TYPE_CHECKING:
 
 OverLong = Literal["truncate", "split", "drop"]
 
+LARGE_FILE = 20_000_000  # bytes from which reading shows a progress bar
 
-@dataclass
-class DataReport:
-    """What became of every row. `dropped` maps a reason to the numbers of its rows, counted from 1 (a sheet's rows have the
-    sheet's numbers); `notes` maps what a rule left off, or read in its own way, to the rows it did so in."""
-
-    read: int = 0
-    kept: int = 0
-    truncated: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    notes: dict[str, list[int]] = field(default_factory=dict)
-
-    def drop(self, number: int, reason: str) -> None:
-        """Count row `number` as dropped for `reason`."""
-        self.dropped.setdefault(reason, []).append(number)
-
-    def note(self, number: int, text: str) -> None:
-        """Count `text` as noted of row `number`, once."""
-        numbers = self.notes.setdefault(text, [])
-        if numbers[-1:] != [number]:
-            numbers.append(number)
-
-    def summary(self) -> str:
-        """One line: rows read, kept, truncated, dropped and why, and what was noted."""
-        line = f"{self.read} rows read, {self.kept} kept, {self.truncated} truncated, {sum(map(len, self.dropped.values()))} dropped"
-        reasons, noted = _reasons(self.dropped), _reasons(self.notes)
-        return line + (f" ({reasons})" if reasons else "") + (f"; noted: {noted}" if noted else "")
+# One row of a file: its conversation as JSON, or why it has none. Only notes where a note belongs to no row that came out.
+_ROW_COLUMNS = {"row": "int64", "conversation": "string", "dropped": "string", "notes": ["string"]}
+# One example, with what became of its row: kept, truncated, or split (the first part) or part (the others); or no example
+# and why.
+_EXAMPLE_COLUMNS = {"row": "int64", "input_ids": ["int32"], "labels": ["int32"], "outcome": "string"}
+_KEPT, _TRUNCATED, _SPLIT, _PART = "kept", "truncated", "split", "part"
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Examples to train on, examples held out, and the account of the rows they came from."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     report: DataReport
 
 
-def load_conversations(settings: DataSettings, *, report: DataReport) -> list[tuple[int, Conversation]]:
-    """Read the rows a recipe names, as (row number, conversation).
+def load_dataset(settings: DataSettings, *, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Read, tokenise and split a recipe's data: `held_out` rows are chosen by the seed, and never trained on.
+
+    Raises:
+        InputError: a row does not fit and `on_bad_row` is "error" (the message names file, row and reason), or nothing
+            is left to train on.
+    """
+    report = DataReport()
+    conversations, key = load_conversations(settings, report=report)
+    rules = {"max_length": settings.max_length, "over_long": settings.over_long, "train_on": settings.train_on}
+    table = map_rows(
+        conversations,
+        _encode_batch,
+        _EXAMPLE_COLUMNS,
+        content_key(key, repr(template), tokenizer_key(tokenizer), repr(rules)),
+        template=template,
+        tokenizer=tokenizer,
+        **rules,
+    )
+    examples, rows = _account_for_examples(table, report)
+    held_out = np.isin(rows, _held_out_rows(conversations, settings))
+    if held_out.all():
+        raise InputError(f"{settings.path or 'the identity data'}: no row is left to train on: {report.summary()}")
+    return Dataset(examples.where(~held_out), examples.where(held_out), report)
+
+
+def load_conversations(settings: DataSettings, *, report: DataReport) -> tuple[datasets.Dataset, str]:
+    """Read the rows a recipe names; the report counts them, and those that do not fit.
+
+    Returns:
+        A table with columns `row`, its number, and `conversation`, as JSON, or "" where the row does not fit; and the
+        key it is kept by.
 
     Raises:
         InputError: a row does not fit and `on_bad_row` is "error"; the message names file, row and reason.
     """
     if settings.path is None:
         assert settings.identity is not None
-        rows = identity_conversations(**settings.identity.model_dump(), seed=settings.seed)
-        report.read += len(rows)
-        return list(enumerate(rows, start=1))
+        made = identity_conversations(**settings.identity.model_dump(), seed=settings.seed)
+        key = content_key(json.dumps(made))
+        table = rows_from(lambda: (_row(n, conversation=row) for n, row in enumerate(made, start=1)), _ROW_COLUMNS, key)
+        report.read += len(table)
+        return table, key
     check_format_name(settings.format)
     path = locate(settings.path)
-    rows = assemble_rows(iter_rows(path, note=report.note), row_format=settings.format)
-    kept = []
-    for number, row in islice(rows, settings.max_rows):
-        report.read += 1
-        notes: list[str] = []
-        try:
-            kept.append((number, to_conversation(row, row_format=settings.format, notes=notes)))
-        except RowError as reason:
-            if settings.on_bad_row == "error":
-                raise InputError(
-                    f"{path}: row {number}: {reason}; mend the row, or set data.on_bad_row=drop to leave such rows out"
-                ) from None
-            report.drop(number, str(reason))
-        else:
-            for note in notes:
-                report.note(number, note)
-    return kept
-
-
-def encode_rows(
-    rows: Iterable[tuple[int, Conversation]],
-    *,
-    template: ChatTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    report: DataReport,
-    over_long: OverLong = "truncate",
-    train_on: TrainOn = "all",
-) -> list[Example]:
-    """Tokenise rows and fit them into `max_length` tokens. A row left with nothing to train is dropped and counted."""
-    examples = []
-    for number, row in rows:
-        try:
-            example = encode_conversation(row, template, tokenizer, train_on=train_on)
-        except RowError as reason:
-            report.drop(number, str(reason))
-            continue
-        if not example.trained_tokens:
-            report.drop(number, f"nothing to train (train_on: {train_on})")
-            continue
-        parts = fit(example, max_length=max_length, over_long=over_long)
-        if not parts:
-            report.drop(
-                number,
-                "longer than max_length"
-                if over_long == "drop"
-                else f"nothing left to train within max_length {max_length}",
-            )
-            continue
-        if len(example.input_ids) > max_length:
-            if over_long == "truncate":
-                report.truncated += 1
-            else:
-                report.note(number, "split because it is longer than max_length")
-        report.kept += 1
-        examples += parts
-    return examples
+    try:
+        key = content_key(path, settings.format, str(settings.max_rows))
+    except OSError:
+        next(iter_rows(path), None)  # raises what it says of a file that cannot be read
+        raise
+    table = rows_from(
+        lambda: _file_rows(path, settings),
+        _ROW_COLUMNS,
+        key,
+        show_progress=path.stat().st_size > LARGE_FILE,
+    )
+    _account_for_rows(table, report)
+    if settings.on_bad_row == "error" and report.dropped:  # the table was made when bad rows were left out
+        raise _bad_row(path, *min((numbers[0], reason) for reason, numbers in report.dropped.items()))
+    return table, key
 
 
 def fit(example: Example, *, max_length: int, over_long: OverLong) -> list[Example]:
@@ -149,39 +133,116 @@ def fit(example: Example, *, max_length: int, over_long: OverLong) -> list[Examp
     return [part for part in parts if part.trained_tokens]
 
 
-def load_dataset(settings: DataSettings, *, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Read, tokenise and split a recipe's data: `held_out` rows are chosen by the seed, and never trained on.
+def _file_rows(path: Path, settings: DataSettings) -> Iterator[dict[str, Any]]:
+    """Yield every row of a file as `_ROW_COLUMNS`."""
+    noted: defaultdict[int, list[str]] = defaultdict(list)
+    rows = iter_rows(path, note=lambda number, text: noted[number].append(text))
+    for number, row in islice(assemble_rows(rows, row_format=settings.format), settings.max_rows):
+        notes: list[str] = []
+        try:
+            conversation = to_conversation(row, row_format=settings.format, notes=notes)
+        except RowError as reason:
+            if settings.on_bad_row == "error":
+                raise _bad_row(path, number, str(reason)) from None
+            yield _row(number, dropped=str(reason), notes=noted.pop(number, []))
+        else:
+            yield _row(number, conversation=conversation, notes=noted.pop(number, []) + notes)
+    for number, notes in noted.items():
+        yield _row(number, notes=notes)
 
-    Raises:
-        InputError: nothing is left to train on.
-    """
-    report = DataReport()
-    rows = load_conversations(settings, report=report)
-    held_out_numbers: set[int] = set()
-    if settings.held_out:
-        numbers = [number for number, _ in rows]
-        held_out_numbers = set(
-            random.Random(settings.seed).sample(numbers, min(settings.held_out, max(len(numbers) - 1, 0)))
-        )
-    encode = {
-        "template": template,
-        "tokenizer": tokenizer,
-        "max_length": settings.max_length,
-        "over_long": settings.over_long,
-        "train_on": settings.train_on,
-        "report": report,
+
+def _row(
+    number: int, *, conversation: Conversation | None = None, dropped: str = "", notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    return {
+        "row": number,
+        "conversation": json.dumps(conversation) if conversation else "",
+        "dropped": _storable(dropped),
+        "notes": [_storable(note) for note in notes],
     }
-    train = encode_rows((row for row in rows if row[0] not in held_out_numbers), **encode)
-    held_out = encode_rows((row for row in rows if row[0] in held_out_numbers), **encode)
-    if not train:
-        raise InputError(f"{settings.path or 'the identity data'}: no row is left to train on: {report.summary()}")
-    return Dataset(train=train, held_out=held_out, report=report)
 
 
-def _reasons(rows_of: dict[str, list[int]]) -> str:
-    return "; ".join(f"{reason}: row{'s' if len(rows) > 1 else ''} {_few(rows)}" for reason, rows in rows_of.items())
+def _storable(text: str) -> str:
+    """Text as a table can hold it: a reason may quote half of a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _few(rows: list[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, rows[:most]))
-    return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")
+def _bad_row(path: Path, number: int, reason: str) -> InputError:
+    return InputError(
+        f"{path}: row {number}: {reason}; mend the row, or set data.on_bad_row=drop to leave such rows out"
+    )
+
+
+def _account_for_rows(table: datasets.Dataset, report: DataReport) -> None:
+    """Count the rows of a file, and those that do not fit."""
+    for number, conversation, dropped, notes in _values(table, "row", "conversation", "dropped", "notes"):
+        report.read += bool(conversation or dropped)
+        if dropped:
+            report.drop(number, dropped)
+        for note in notes:
+            report.note(number, note)
+
+
+def _held_out_rows(conversations: datasets.Dataset, settings: DataSettings) -> list[int]:
+    if not settings.held_out:
+        return []
+    numbers = [number for number, conversation in _values(conversations, "row", "conversation") if conversation]
+    return random.Random(settings.seed).sample(numbers, min(settings.held_out, max(len(numbers) - 1, 0)))
+
+
+def _encode_batch(
+    batch: dict[str, list[Any]],
+    *,
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    over_long: OverLong,
+    train_on: TrainOn,
+) -> dict[str, list[Any]]:
+    """Tokenise a batch of `_ROW_COLUMNS` and fit each example into `max_length`, as a batch of `_EXAMPLE_COLUMNS`."""
+    out: dict[str, list[Any]] = {name: [] for name in _EXAMPLE_COLUMNS}
+    numbers = [number for number, text in zip(batch["row"], batch["conversation"], strict=True) if text]
+    conversations = [json.loads(text) for text in batch["conversation"] if text]
+    encoded = encode_conversations(conversations, template, tokenizer, train_on=train_on)
+    for number, example in zip(numbers, encoded, strict=True):
+        parts: list[Example] = []
+        if isinstance(example, RowError):
+            outcomes = [_storable(str(example))]
+        elif not example.trained_tokens:
+            outcomes = [f"nothing to train (train_on: {train_on})"]
+        elif parts := fit(example, max_length=max_length, over_long=over_long):
+            whole = len(example.input_ids) <= max_length
+            outcomes = [_KEPT if whole else _TRUNCATED if over_long == "truncate" else _SPLIT]
+            outcomes += [_PART] * (len(parts) - 1)
+        elif over_long == "drop":
+            outcomes = ["longer than max_length"]
+        else:
+            outcomes = [f"nothing left to train within max_length {max_length}"]
+        for outcome, part in zip(outcomes, parts or [Example([], [])], strict=True):
+            out["row"].append(number)
+            out["input_ids"].append(np.array(part.input_ids, dtype=np.int32))
+            out["labels"].append(np.array(part.labels, dtype=np.int32))
+            out["outcome"].append(outcome)
+    return out
+
+
+def _account_for_examples(table: datasets.Dataset, report: DataReport) -> tuple[Examples, np.ndarray]:
+    """Count the rows kept, cut and dropped in tokenising; return the examples and the row each came from."""
+    rows, places = [], []
+    for place, (number, outcome) in enumerate(_values(table, "row", "outcome")):
+        if outcome not in (_KEPT, _TRUNCATED, _SPLIT, _PART):
+            report.drop(number, outcome)
+            continue
+        places.append(place)
+        rows.append(number)
+        report.kept += outcome != _PART
+        report.truncated += outcome == _TRUNCATED
+        if outcome == _SPLIT:
+            report.note(number, "split because it is longer than max_length")
+    return Examples(table, np.array(places, dtype=np.int64)), np.array(rows, dtype=np.int64)
+
+
+def _values(table: datasets.Dataset, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The values of some columns, row by row, a few thousand rows in memory at a time."""
+    for batch in table.select_columns(list(columns)).with_format("arrow").iter(2000):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)

@@ -65,7 +65,7 @@ def preview_recipe(recipe: Recipe, *, number: int = 3, packed: bool = False) -> 
         ]
         return Preview(rows, dataset.report.summary(), tokenizer)
     plan = plan_packs(
-        [len(example.input_ids) for example in examples],
+        examples.lengths,
         max_length=recipe.data.max_length,
         strategy=recipe.data.packing,
         seed=recipe.training.seed,

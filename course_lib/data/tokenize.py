@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
-from course_lib.data.conversation import Conversation, Message, Tool
+from course_lib.data.conversation import Conversation, Message, RowError, Tool
 from course_lib.data.templates import ChatTemplate, Rendered, render, render_prompt
 
 if TYPE_CHECKING:
@@ -60,18 +60,36 @@ def encode_conversation(
     Raises:
         RowError: the template cannot render the conversation.
     """
-    if "text" in row:
-        return _encode_text(row["text"], tokenizer)
-    messages = row["messages"]
-    broken = _broken([*messages, *row.get("tools", [])], tokenizer)
-    rendered = render(broken[: len(messages)], template, tokenizer, broken[len(messages) :] or None)
-    wanted = _wanted_answers(messages, train_on)
-    input_ids, answer_of = _encode(rendered, tokenizer)
-    labels = [
-        token if answer is not None and wanted[answer] else IGNORE_INDEX
-        for token, answer in zip(input_ids, answer_of, strict=True)
+    (example,) = encode_conversations([row], template, tokenizer, train_on=train_on)
+    if isinstance(example, RowError):
+        raise example
+    return example
+
+
+def encode_conversations(
+    rows: Sequence[Conversation],
+    template: ChatTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_on: TrainOn = "all",
+) -> list[Example | RowError]:
+    """`encode_conversation` for many rows, faster: the tokenizer takes all texts at once, on all processors.
+
+    Returns:
+        For each row its example, or why it has none.
+    """
+    rendered: list[Rendered | RowError] = []
+    for row in rows:
+        try:
+            rendered.append(_render(row, template, tokenizer))
+        except RowError as reason:
+            rendered.append(reason)
+    texts = [one for one in rendered if isinstance(one, Rendered)]
+    encoded = iter(_encode(texts, tokenizer))
+    return [
+        one if isinstance(one, RowError) else _label(row, *next(encoded), tokenizer=tokenizer, train_on=train_on)
+        for row, one in zip(rows, rendered, strict=True)
     ]
-    return Example(input_ids=input_ids, labels=labels)
 
 
 def encode_prompt(
@@ -83,7 +101,33 @@ def encode_prompt(
     """Token ids the model is fed before its next answer: a prefix of what training saw for the same turns."""
     broken = _broken([*messages, *tools], tokenizer)
     rendered = render_prompt(broken[: len(messages)], template, tokenizer, broken[len(messages) :] or None)
-    return _encode(rendered, tokenizer)[0]
+    return _encode([rendered], tokenizer)[0][0]
+
+
+def _render(row: Conversation, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    if "text" in row:
+        return Rendered(text=_broken([row["text"]], tokenizer)[0], answers=())
+    messages = row["messages"]
+    broken = _broken([*messages, *row.get("tools", [])], tokenizer)
+    return render(broken[: len(messages)], template, tokenizer, broken[len(messages) :] or None)
+
+
+def _label(
+    row: Conversation,
+    input_ids: list[int],
+    answer_of: list[int | None],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: TrainOn,
+) -> Example:
+    if "text" in row:
+        return _whole_text(input_ids, tokenizer)
+    wanted = _wanted_answers(row["messages"], train_on)
+    labels = [
+        token if answer is not None and wanted[answer] else IGNORE_INDEX
+        for token, answer in zip(input_ids, answer_of, strict=True)
+    ]
+    return Example(input_ids=input_ids, labels=labels)
 
 
 def _wanted_answers(messages: Sequence[Message], train_on: TrainOn) -> list[bool]:
@@ -93,36 +137,58 @@ def _wanted_answers(messages: Sequence[Message], train_on: TrainOn) -> list[bool
     return [answer.get("train", train_on == "all") for answer in answers]
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+def _whole_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Example:
     """BOS, text, EOS. The EOS is what teaches a model where a text ends; a tokenizer whose BOS opens chat turns does
     without one (ChatML's `<|im_start|>`)."""
-    broken = _broken([{"text": text}], tokenizer)[0]["text"]
-    ids = _encode(Rendered(text=broken, answers=()), tokenizer)[0]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     opens_turns = tokenizer.bos_token in ("<|im_start|>", "<|im_end|>", tokenizer.eos_token)
     ids = ([bos] if bos is not None and not opens_turns else []) + ids + ([eos] if eos is not None else [])
     return Example(input_ids=ids, labels=list(ids))
 
 
-def _encode(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:
-    """Return token ids and, for each, the number of the answer it belongs to (None for all other text).
+def _encode(
+    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int | None]]]:
+    """Return token ids and, for each, the number of the answer it belongs to (None for all other text)."""
+    whole = [one for one in rendered if _BREAK not in one.text]
+    tokens = iter(_tokens([one.text for one in whole], tokenizer))
+    encoded = []
+    for one in rendered:
+        in_pieces = _BREAK in one.text
+        if not in_pieces:
+            ids, spans = next(tokens)
+            answer_of = _answer_of(spans, one.answers)
+        encoded.append(_encode_in_pieces(one, tokenizer) if in_pieces or answer_of is None else (ids, answer_of))
+    return encoded
 
-    The template writes every special token itself, hence `add_special_tokens=False`: no second BOS.
-    """
-    if _BREAK in rendered.text:
-        return _encode_in_pieces(rendered, tokenizer)
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    beyond = len(rendered.text) + 1
+
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and the characters (start, end) each stands for. The template writes every special token itself, hence
+    `add_special_tokens=False`: no second BOS."""
+    if not texts:
+        return []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # what the call below calls, without its Python work for each text: four times faster
+        backend.no_truncation()
+        backend.no_padding()
+        return [(one.ids, one.offsets) for one in backend.encode_batch(texts, add_special_tokens=False)]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _answer_of(token_spans: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[int | None] | None:
+    """The answer each token lies in, or None for all where one token holds both prompt and answer."""
+    beyond = token_spans[-1][1] + 1 if token_spans else 1
     answer_of: list[int | None] = []
-    spans = iter(enumerate(rendered.answers))
+    spans = iter(enumerate(answers))
     number, (start, end) = next(spans, (None, (beyond, beyond)))
-    for token_start, token_end in encoded["offset_mapping"]:
+    for token_start, token_end in token_spans:
         while token_start >= end:
             number, (start, end) = next(spans, (None, (beyond, beyond)))
         if token_end > start > token_start or (token_start >= start and token_end > end):
-            return _encode_in_pieces(rendered, tokenizer)  # one token holds both prompt and answer
+            return None
         answer_of.append(number if token_start >= start else None)
-    return list(encoded["input_ids"]), answer_of
+    return answer_of
 
 
 def _encode_in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:

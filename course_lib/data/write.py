@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from course_lib.data.conversation import Conversation, RowError
-from course_lib.data.dataset import DataReport
 from course_lib.data.formats import assemble_rows, check_format_name, iter_rows, to_conversation
+from course_lib.data.report import DataReport
 from course_lib.errors import InputError, did_you_mean
 from course_lib.files import atomic_file, file_to_write
 

@@ -6,9 +6,11 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from course_lib.data.collate import examples_of_pack
-from course_lib.data.packing import plan_packs
+from course_lib.data.examples import Examples
+from course_lib.data.packing import PackPlan, plan_packs
 from course_lib.data.tokenize import Example
 from course_lib.recipe import DataSettings, TrainingSettings
 
@@ -17,7 +19,8 @@ from course_lib.recipe import DataSettings, TrainingSettings
 class StepPlan:
     """Packs of examples and how steps draw on them: `accumulation` micro-batches of `batch_size` packs a step."""
 
-    packs: list[list[Example]]
+    examples: Sequence[Example]
+    packs: PackPlan
     batch_size: int
     accumulation: int
     total_steps: int
@@ -31,24 +34,33 @@ class StepPlan:
     def micro_batches(self, step: int) -> list[list[Example]]:
         """Examples of each micro-batch of step `step`, counted from 0. Each epoch has an order of its own."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = list(range(len(self.packs)))
-        random.Random(f"{self.seed}-{epoch}").shuffle(order)
+        order = _order(len(self.packs), f"{self.seed}-{epoch}")
         size = self.batch_size * self.accumulation
         chosen = order[within * size : (within + 1) * size]
         groups = [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
-        return [[example for number in group for example in self.packs[number]] for group in groups]
+        return [
+            [example for number in group for example in examples_of_pack(self.packs, number, self.examples)]
+            for group in groups
+        ]
 
 
-def plan_steps(examples: Sequence[Example], data: DataSettings, training: TrainingSettings) -> StepPlan:
+@lru_cache(maxsize=1)
+def _order(packs: int, seed: str) -> list[int]:
+    order = list(range(packs))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def plan_steps(examples: Examples, data: DataSettings, training: TrainingSettings) -> StepPlan:
     """Pack the examples and count the steps of the run."""
-    lengths = [len(example.input_ids) for example in examples]
-    packs = plan_packs(lengths, max_length=data.max_length, strategy=data.packing, seed=training.seed)
+    packs = plan_packs(examples.lengths, max_length=data.max_length, strategy=data.packing, seed=training.seed)
     steps_per_epoch = math.ceil(len(packs) / (training.batch_size * training.accumulation))
     total_steps = max(1, math.ceil(training.epochs * steps_per_epoch))
     if training.max_steps is not None:
         total_steps = min(total_steps, training.max_steps)
     return StepPlan(
-        packs=[examples_of_pack(packs, number, examples) for number in range(len(packs))],
+        examples=examples,
+        packs=packs,
         batch_size=training.batch_size,
         accumulation=training.accumulation,
         total_steps=total_steps,

@@ -170,7 +170,7 @@ def _prepare(recipe: Recipe, work_dir: Path) -> _Run:
     plan = plan_steps(dataset.train, recipe.data, recipe.training)
     optimizer = make_optimizer(trainable, recipe.training)
     model, optimizer = accelerator.prepare(model, optimizer)
-    longest = max(len(example.input_ids) for example in dataset.train + dataset.held_out)
+    longest = int(max(dataset.train.lengths.max(), dataset.held_out.lengths.max(initial=0)))
     return _Run(
         recipe=recipe,
         work_dir=work_dir,

@@ -58,7 +58,7 @@ def test_truncation_cuts_from_the_right_and_is_counted(tokenizer: Any, tmp_path:
 
 def test_held_out_rows_are_chosen_by_the_seed_and_not_trained_on(tokenizer: Any, rows_file: Path) -> None:
     first, again, other = (load(tokenizer, path=str(rows_file), held_out=3, seed=seed) for seed in (1, 1, 2))
-    assert first.held_out == again.held_out != other.held_out
+    assert list(first.held_out) == list(again.held_out) != list(other.held_out)
     assert len(first.held_out) == 3
     assert len(first.train) == 7
     assert not {tuple(example.input_ids) for example in first.held_out} & {
@@ -155,3 +155,13 @@ def test_plain_text_is_trained_whole_and_ends_in_the_end_token(tokenizer: Any, t
     assert example.labels == example.input_ids
     assert tokenizer.decode(example.input_ids) == "Once <|im_end|> upon<|im_end|>"
     assert example.input_ids.count(end) == 1
+
+
+def test_examples_know_their_lengths_and_come_out_singly_or_in_slices(tokenizer: Any, rows_file: Path) -> None:
+    train = load(tokenizer, path=str(rows_file), held_out=2).train
+    assert train.lengths.tolist() == [len(example.input_ids) for example in train]
+    assert train[2:5].lengths.tolist() == train.lengths[2:5].tolist()
+    assert list(train[2:5]) == [train[2], train[3], train[4]]
+    assert train[-1] == list(train)[-1]
+    with pytest.raises(IndexError):
+        train[8]

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from course_lib.data.conversation import RowError
-from course_lib.data.dataset import DataReport, load_conversations
+from course_lib.data.dataset import load_conversations
 from course_lib.data.formats import (
     FORMATS,
     check_format_name,
     detect_format,
     to_conversation,
 )
+from course_lib.data.report import DataReport
 from course_lib.errors import InputError
 from course_lib.recipe import DataSettings
 
@@ -332,7 +333,8 @@ def test_the_report_counts_notes_beside_dropped_rows(tmp_path: Path) -> None:
     ]
     path = written(tmp_path / "a.jsonl", "\n".join(lines))
     report = DataReport()
-    kept = load_conversations(DataSettings(path=str(path), on_bad_row="drop"), report=report)
+    table, _ = load_conversations(DataSettings(path=str(path), on_bad_row="drop"), report=report)
+    kept = [(row["row"], json.loads(row["conversation"])) for row in table if row["conversation"]]
     assert kept[1] == (2, {"text": "last"})
     assert report.read == 3
     assert report.dropped == {"'text' is blank: nothing to train": [3]}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from course_lib.data.conversation import Conversation
-from course_lib.data.dataset import DataReport, load_conversations
+from course_lib.data.dataset import load_conversations
+from course_lib.data.report import DataReport
 from course_lib.recipe import DataSettings
 
 pytestmark = pytest.mark.realdata
@@ -16,7 +18,8 @@ pytestmark = pytest.mark.realdata
 
 def loaded(path: Path) -> tuple[list[tuple[int, Conversation]], DataReport]:
     report = DataReport()
-    kept = load_conversations(DataSettings(path=str(path), on_bad_row="drop"), report=report)
+    table, _ = load_conversations(DataSettings(path=str(path), on_bad_row="drop"), report=report)
+    kept = [(row["row"], json.loads(row["conversation"])) for row in table if row["conversation"]]
     assert len(kept) + sum(map(len, report.dropped.values())) == report.read
     return kept, report
 
