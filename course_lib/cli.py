@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -178,7 +178,13 @@ def train(
     from course_lib.training.loop import train
 
     with TerminalProgress() as progress:
-        output = train(loaded, work_dir=folder, resume=resume, listeners=[progress])
+        output = train(
+            loaded,
+            work_dir=folder,
+            resume=resume,
+            listeners=[progress],
+            resume_hint="go on with the same command and --resume",
+        )
     save_figure(loss_figure(read_metrics(folder), title=folder.name), folder / "loss.png")
     print(output)
 
@@ -250,18 +256,46 @@ def _print_json(value: Any) -> None:
 
 
 def main() -> None:
-    """Run a command; a `CourseError` becomes one line on stderr and an exit status."""
+    """Run a command; what went wrong becomes one line on stderr and an exit status."""
     try:
-        app()
+        _run(sys.argv[1:])
     except CourseError as error:
-        print(f"course: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("course: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe left, as `| head` does
         sys.stderr.close()
         sys.exit(0)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run one command.
+
+    Not by calling `app`: typer then draws a box of several lines for a wrong option, and ends on Ctrl-C without a word.
+    """
+    usage_error = (
+        typer.BadParameter.__base__
+    )  # typer brings its own copy of click, or the installed one: it exports no base
+    assert usage_error is not None
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("course", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except usage_error as error:
+        said = " ".join(error.format_message().split()).rstrip(".")
+        if said:  # without arguments the help was printed instead
+            of = error.ctx.command_path if error.ctx else "course"
+            _fail(f"{said[0].lower() + said[1:]} ({of} --help shows what it takes)", 2)
+        sys.exit(2)
+
+
+def _fail(said: str, status: int) -> NoReturn:
+    print(f"course: {said}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +197,78 @@ def test_importing_the_library_is_quick() -> None:
     code = "import time; t = time.perf_counter(); import course_lib, course_lib.cli, sys; assert 'torch' not in sys.modules; print(time.perf_counter() - t)"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(imported.stdout) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "no such command 'trian'. Did you mean 'train'? (course --help shows what it takes)"),
+        (["data", "chekc"], "no such command 'chekc'. Did you mean 'check'? (course data --help shows what it takes)"),
+        (["train"], "missing argument 'recipe' (course train --help"),
+        (["train", "a", "b", "c"], "got unexpected extra argument"),
+        (["train", "a", "--nope"], "no such option: --nope"),
+        (["chat", "tiny", "--bits", "x"], "invalid value for '--bits'"),
+        (["chat", "tiny", "--bits"], "'--bits' requires an argument"),
+    ],
+)
+def test_wrong_usage_is_one_line(course: Course, arguments: list[str], said: str) -> None:
+    result = course(*arguments)
+    refused(result, said)
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_is_no_error(course: Course) -> None:
+    assert course("train", "--help").returncode == 0
+    assert "quickstart" in course("--help").stdout
+    bare = course()
+    assert bare.returncode == 2
+    assert "quickstart" in bare.stdout + bare.stderr
+
+
+def test_ctrl_c_is_told(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside the training steps: while loading, tokenising, saving."""
+
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("course_lib.models.fetch", press)
+    result = course("models", "fetch", "tiny")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "course: interrupted\n")
+
+
+def test_ctrl_c_in_a_training_names_the_option_to_go_on(
+    course: Course, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from course_lib.training import loop
+
+    step = loop._step
+
+    def press(run: object, number: int) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(run, number)
+
+    monkeypatch.setattr(loop, "_step", press)
+    stopped = course("train", "my.yaml")
+    refused(stopped, "stopped after step 1 of 2; go on with the same command and --resume (checkpoint in", status=130)
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe_file.parent)
+    assert course("train", "my.yaml", "--resume").returncode == 0
+
+
+def test_resume_without_a_run(course: Course, recipe_file: Path) -> None:
+    refused(course("train", "my.yaml", "--resume"), "work_dirs/my: holds no run to resume")
+    assert not (recipe_file.parent / "work_dirs").exists()
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "/proc/absent/run"])
+def test_a_work_dir_that_cannot_be_made(course: Course, recipe_file: Path, folder: str) -> None:
+    refused(course("train", "my.yaml", "--work-dir", folder), "cannot be written")
+
+
+def test_held_out_rows_are_told(course: Course, recipe_file: Path) -> None:
+    rows = [{"instruction": f"q{number}", "output": "yes"} for number in range(10)]
+    (recipe_file.parent / "rows.json").write_text(json.dumps(rows))
+    refused(course("train", "my.yaml", "--set", "data.held_out=3"), "set data.held_out=2 or less")
+    trained = course("train", "my.yaml", "--set", "data.held_out=2")
+    assert trained.returncode == 0
+    assert "2 rows held out of 10" in trained.stderr

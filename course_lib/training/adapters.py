@@ -20,12 +20,11 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Put LoRA adapters on the model's linear layers and freeze the rest.
 
     Raises:
-        InputError: a target names no linear layer of the model.
+        InputError: a target names no linear layer of the model, or the rank is above that of every layer.
     """
     from peft import LoraConfig, get_peft_model
 
-    if settings.targets != "all-linear":
-        _check_targets(model, settings.targets)
+    _check_targets(model, settings)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -42,6 +41,8 @@ def save_weights(
     """Save the adapter (or, after full fine-tuning, the model) into `folder`, with a record of its base."""
     from peft import PeftModel
 
+    from course_lib.fetch import quiet_transformers
+
     if isinstance(model, PeftModel):
         # peft records the cache folder of this machine; others need the repository's name
         known = catalogue().get(settings.name)
@@ -51,7 +52,8 @@ def save_weights(
             missing_ok=True
         )  # peft writes an empty form; `course publish` makes the real card
     else:
-        model.save_pretrained(folder)
+        with quiet_transformers():  # it draws a bar over the shards, beside that of the training
+            model.save_pretrained(folder)
     record: dict[str, Any] = {
         "base": settings.name,
         "base_fingerprint": base_fingerprint(base_folder),
@@ -68,10 +70,13 @@ def load_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
     from peft import PeftModel, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from course_lib.fetch import quiet_transformers
+
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
         return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    with quiet_transformers():
+        saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
     model.load_state_dict(saved)
 
 
@@ -81,13 +86,20 @@ def _compute_dtype(model: PeftModel | PreTrainedModel) -> Any:
     return getattr(quantisation, "bnb_4bit_compute_dtype", None) or model.dtype
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+def _check_targets(model: PreTrainedModel, settings: LoraSettings) -> None:
     from torch import nn
 
-    linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for target in targets:
-        if target.rsplit(".", 1)[-1] not in linears:
+    head = model.get_output_embeddings()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {name.rsplit(".", 1)[-1] for name in linears}
+    for target in settings.targets if isinstance(settings.targets, list) else []:
+        if target.rsplit(".", 1)[-1] not in names:
             raise InputError(
-                f"lora.targets: {target!r} is no linear layer of {model.config.model_type} (it has {', '.join(sorted(linears))})"
-                f"{did_you_mean(target, linears)}"
+                f"lora.targets: {target!r} is no linear layer of {model.config.model_type} (it has {', '.join(sorted(names))})"
+                f"{did_you_mean(target, names)}"
             )
+    # B A of a higher rank than W can have adds memory and nothing else; a slip such as 1e8 would take all there is
+    ranks = [min(module.in_features, module.out_features) for module in linears.values() if module is not head]
+    highest = max(ranks, default=settings.r)
+    if settings.r > highest:
+        raise InputError(f"lora.r = {settings.r}: no layer of this model has a rank above {highest}; 8 to 64 is usual")

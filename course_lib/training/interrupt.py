@@ -7,6 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from course_lib.errors import CourseError
+
+
+class Interrupted(CourseError):
+    """The run was stopped by Ctrl-C or SIGTERM, and can be resumed."""
+
+    exit_code = 130
+
 
 @contextmanager
 def interrupt_requested() -> Iterator[Callable[[], bool]]:

@@ -21,6 +21,8 @@ from course_lib.training.events import (
     StepDone,
 )
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class MetricsFile:
     """Every event as one line of JSON, flushed at once, so that a killed run keeps its history."""
@@ -49,7 +51,7 @@ class MetricsFile:
 
 def read_metrics(work_dir: Path) -> list[dict[str, Any]]:
     """Events of a run, oldest first; a last line cut short by a kill is left out."""
-    path = Path(work_dir) / "metrics.jsonl"
+    path = Path(work_dir) / METRICS_FILE
     if not path.exists():
         return []
     events = []
@@ -107,6 +109,9 @@ class TerminalProgress:
                 f"{event.train_examples} rows in {event.packs} packs, {event.total_steps} steps; training "
                 f"{event.trainable_parameters:,} of {event.parameters:,} parameters ({share:.2%})"
             )
+            if event.held_out_examples:
+                total = event.train_examples + event.held_out_examples
+                self._say(f"{event.held_out_examples} rows held out of {total}")
             if event.first_step:
                 self._say(f"resumed after step {event.first_step}")
             self._progress.update(self._task, total=event.total_steps, completed=event.first_step)

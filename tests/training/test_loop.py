@@ -18,8 +18,9 @@ from course_lib.files import write_text
 from course_lib.training import loop
 from course_lib.training.checkpoint import checkpoints
 from course_lib.training.events import CheckpointSaved, HeldOutLoss, RunEnded, RunStarted, SampleAnswers, StepDone
+from course_lib.training.interrupt import Interrupted
 from course_lib.training.listeners import read_metrics
-from course_lib.training.loop import Interrupted, train
+from course_lib.training.loop import train
 
 
 def losses(work_dir: Path) -> list[float]:
@@ -111,20 +112,6 @@ def test_another_seed_gives_another_run(make: Any, tmp_path: Path) -> None:
     assert adapter_bytes(first) != adapter_bytes(second)
 
 
-def test_resume_refuses_another_recipe(make: Any, tmp_path: Path) -> None:
-    train(make(), work_dir=tmp_path / "run")
-    with pytest.raises(InputError, match=r"training\.lr was 0\.005 and is 0\.1"):
-        train(make(training={"lr": 0.1}), work_dir=tmp_path / "run", resume=True)
-
-
-def test_an_earlier_run_is_not_overwritten_unasked(make: Any, tmp_path: Path) -> None:
-    adapter = train(make(), work_dir=tmp_path / "run")
-    before = adapter_bytes(adapter)
-    with pytest.raises(InputError, match="already holds a run"):
-        train(make(), work_dir=tmp_path / "run")
-    assert adapter_bytes(adapter) == before
-
-
 def test_old_checkpoints_go_and_a_damaged_one_is_named(make: Any, tmp_path: Path) -> None:
     train(make(training={"checkpoint_every": 1, "keep_checkpoints": 2}), work_dir=tmp_path / "run")
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [5, 6]
@@ -173,16 +160,53 @@ def test_a_loss_that_is_nan_stops_the_run_with_its_batch_saved(
     assert saved["batch"]["input_ids"].numel() > 0
 
 
-def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(make: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last_step", [3, 6])
+def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(make: Any, tmp_path: Path, last_step: int) -> None:
+    """Also in the very last step: what comes after it is held-out loss and saving, left to the resumed run."""
+    recipe = make(data={"held_out": 2})
+
     def interrupt(event: object) -> None:
-        if isinstance(event, StepDone) and event.step == 3:
+        if isinstance(event, StepDone) and event.step == last_step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match=r"after step \d of 6.*--resume"):
-        train(make(), work_dir=tmp_path / "run", listeners=[interrupt])
+    with pytest.raises(Interrupted, match=rf"after step {last_step} of 6; type resume ") as caught:
+        train(recipe, work_dir=tmp_path / "run", listeners=[interrupt], resume_hint="type resume")
+    assert caught.value.exit_code == 130
     assert checkpoints(tmp_path / "run")
-    interrupted = train(make(), work_dir=tmp_path / "run", resume=True)
-    assert adapter_bytes(interrupted) == adapter_bytes(train(make(), work_dir=tmp_path / "straight"))
+    assert not (tmp_path / "run" / "adapter").exists()
+    interrupted = train(recipe, work_dir=tmp_path / "run", resume=True)
+    assert adapter_bytes(interrupted) == adapter_bytes(train(recipe, work_dir=tmp_path / "straight"))
+    assert measured(tmp_path / "run") == measured(tmp_path / "straight")
+
+
+def measured(work_dir: Path) -> list[tuple[str, int, float]]:
+    """What a run wrote of its losses, times left out."""
+    return [(event["event"], event["step"], event["loss"]) for event in read_metrics(work_dir) if "loss" in event]
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "error"),
+    [
+        (HeldOutLoss, 0, KeyboardInterrupt),  # nothing is saved yet
+        (CheckpointSaved, 6, Interrupted),
+        (HeldOutLoss, 6, Interrupted),
+    ],
+)
+def test_interrupts_outside_the_steps_end_the_run_too(
+    make: Any, tmp_path: Path, kind: type, step: int, error: type[BaseException]
+) -> None:
+    recipe = make(data={"held_out": 2})
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, kind) and event.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs between two bytecodes
+
+    with pytest.raises(error):
+        train(recipe, work_dir=tmp_path / "run", listeners=[interrupt])
+    resumed = train(recipe, work_dir=tmp_path / "run", resume=True)
+    assert adapter_bytes(resumed) == adapter_bytes(train(recipe, work_dir=tmp_path / "straight"))
+    assert measured(tmp_path / "run") == measured(tmp_path / "straight")
 
 
 def test_training_works_outside_the_main_thread(make: Any, tmp_path: Path) -> None:
@@ -219,10 +243,43 @@ def test_gradient_checkpointing_gives_the_same_run(make: Any, tmp_path: Path) ->
     assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
-def test_lora_targets_that_do_not_exist_are_refused(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'q_prog' is no linear layer.*did you mean q_proj"):
-        train(make(lora={"targets": ["q_prog"]}), work_dir=tmp_path / "run")
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"lora": {"targets": ["q_prog"]}}, r"'q_prog' is no linear layer.*did you mean q_proj"),
+        ({"lora": {"r": 10**8}}, r"lora\.r = 100000000: no layer of this model has a rank above 64"),
+        ({"data": {"held_out": 3}}, r"data\.held_out = 3 keeps 3 of 12 rows.*set data\.held_out=2 or less"),
+        ({"data": {"held_out": 100}}, r"data\.held_out = 100 keeps 11 of 12 rows.*set data\.held_out=2 or less"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    make: Any, tmp_path: Path, sections: dict, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        train(make(**sections), work_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_is_one_line(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def too_large(*_: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(loop, "supervised_loss", too_large)
+    with pytest.raises(CourseError, match=r"memory ran out: lower training\.batch_size") as caught:
+        train(make(), work_dir=tmp_path / "run")
+    assert caught.value.exit_code == 1
+
+
+def test_saving_a_whole_model_draws_no_bar(make: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = make(lora=None, training={"max_steps": 1})
+    train(recipe, work_dir=tmp_path / "run")
+    train(recipe, work_dir=tmp_path / "run", resume=True)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
