@@ -23,11 +23,11 @@ function legend(columns) {
   const sample = (extra, text) => element("span", { class: `course-token ${extra}` }, chip(text));
   const entries = [
     [sample("course-trained", "trained"), "in the loss"],
-    [sample("", "context"), "read, not in the loss"],
-    [sample("course-special", "special"), "one marker token"],
+    [sample("", "context"), "not in the loss"],
+    [sample("course-special", "special"), "marker token"],
   ];
-  if (kinds.has("piece")) entries.push([sample("course-piece", "⟨é 1/2⟩"), "piece of a character"]);
-  entries.push(["·", "space"], ["⏎", "line break"]);
+  if (kinds.has("piece")) entries.push([sample("course-piece", "⟨é 1/2⟩"), "part of a character"]);
+  entries.push(["·", "space, ⏎ line break"]);
   return element("ul", { class: "course-legend" }, ...entries.map(([mark, words]) => element("li", {}, mark, " ", words)));
 }
 

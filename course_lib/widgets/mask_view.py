@@ -275,17 +275,17 @@ class MaskView(anywidget.AnyWidget):
 # shade lets the page shine through, so that it suits a light page and a dark one.
 _STYLE = """<style>
 .course-mask-twin table {border-collapse: collapse; margin: 8px 0; width: 100%; font-size: 13px}
-.course-mask-twin :is(td, th, tr:nth-child(odd), tr:hover) {background: none; border: 0; text-align: left; vertical-align: top}
-.course-mask-twin :is(td, th) {padding: 4px 20px 4px 0; font-weight: 400; white-space: normal}
+.course-mask-twin tbody tr:nth-child(n) {background: none}
+.course-mask-twin :is(td, th) {border: 0; padding: 4px 20px 4px 0; text-align: left; vertical-align: top; font-weight: 400; white-space: normal}
 .course-mask-tokens {font-family: var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); line-height: 1.8;
  max-height: 26rem; overflow: auto; overflow-wrap: anywhere}
-.course-mask-twin :is(code, kbd, ins) {display: inline-block; max-width: 100%; box-sizing: border-box; font: inherit; color: inherit;
+.course-mask-twin :is(p, div) :is(code, kbd, ins) {display: inline-block; max-width: 100%; box-sizing: border-box; font: inherit; color: inherit;
  line-height: 1.4; border: 1px solid transparent; border-radius: 4px; padding: 0 2px; box-shadow: none}
-.course-mask-twin code {background: color-mix(in srgb, currentColor 8%, transparent)}
-.course-mask-twin kbd {background: none; border-color: currentColor}
-.course-mask-twin ins {background: color-mix(in srgb, var(--jp-brand-color1, #1976d2) 28%, transparent);
+.course-mask-twin div code:nth-child(n) {background: color-mix(in srgb, currentColor 8%, transparent)}
+.course-mask-twin :is(p, div) kbd:nth-child(n) {border-color: currentColor}
+.course-mask-twin :is(p, div) ins:nth-child(n) {background: color-mix(in srgb, var(--jp-brand-color1, #1976d2) 28%, transparent);
  text-decoration: underline 2px; text-underline-offset: 3px}
-.course-mask-twin ins kbd {border-width: 0 1px; border-radius: 0}
+.course-mask-twin kbd:has(ins) {padding: 0}
 .course-mask-shift {line-height: 3.2}
 .course-mask-twin rt {font-size: 0.85em; line-height: 1.3; opacity: 0.85}
 .course-mask-twin ruby {ruby-position: under; margin: 0 2px}
@@ -325,8 +325,8 @@ def _static_tokens(cells: Sequence[MaskCell], shift: bool) -> str:
     for cell in cells:
         where, text = f'title="{cell["position"]}: id {cell["id"]}"', html.escape(cell["shown"])
         if cell["trained"]:
-            inner = f"<kbd>{text}</kbd>" if cell["kind"] == "special" else text
-            token = f"<ins {where}><b>{inner}</b></ins>"
+            token = f"<ins {where}><b>{text}</b></ins>"
+            token = f"<kbd>{token}</kbd>" if cell["kind"] == "special" else token
         else:
             tag = "kbd" if cell["kind"] == "special" else "code"
             token = f"<{tag} {where}>{text}</{tag}>"

@@ -93,12 +93,11 @@ function attentionPanel(pack, isolated) {
   const key = [["course-key-own", "its own sample"]];
   if (!isolated && pack.foreign_share > 0) key.push(["course-key-foreign", "another sample"]);
   key.push(["course-key-unseen", "not seen"]);
+  const note = element("p", { class: "course-note" }, `A line is the token that looks, a column the token it looks at; the numbers are samples.${each > 1 ? ` A cell stands for ${each.toFixed(1)} tokens.` : ""}`);
   return [
     element("p", { class: "course-heading" }, `What the tokens of pack ${pack.number} see`),
     attentionPicture(pack, isolated),
-    legend(key),
-    element("p", {}, pack.sentence),
-    element("p", { class: "course-note" }, `A line is the token that looks, a column the token it looks at; the numbers are samples.${each > 1 ? ` A cell stands for ${each.toFixed(1)} tokens.` : ""}`),
+    element("div", { class: "course-attention-words" }, legend(key), element("p", {}, pack.sentence), note),
   ];
 }
 
@@ -117,7 +116,7 @@ function render({ model, el }) {
   const said = element("p", { class: "course-spoken", role: "status", "aria-live": "polite" });
   const heading = element("p", { class: "course-heading" });
   const bars = element("div", { class: "course-packs", role: "group", ...keys });
-  const key = legend([["course-key-sample", "a sample, by its number"], ["course-key-cut", "cut here"], ["course-key-unused", "unused room"]]);
+  const key = element("div");
   const more = element("p", { class: "course-note" });
   const attention = element("div", { class: "course-attention-panel" });
   const body = element("div", { class: "course-packing-body" }, element("div", { class: "course-packs-panel" }, heading, bars, key, more), attention);
@@ -151,6 +150,8 @@ function render({ model, el }) {
     heading.textContent = `Packs of at most ${count(rows.max_length, "token")}`;
     bars.setAttribute("aria-label", `${heading.textContent}, strategy ${rows.strategy}`);
     bars.replaceChildren(...rows.packs.map((pack) => packButton(pack, rows.max_length)));
+    const cut = rows.numbers.samples_cut ? [["course-key-cut", "cut here"]] : [];
+    key.replaceChildren(legend([["course-key-sample", "a sample, by its number"], ...cut, ["course-key-unused", "unused room"]]));
     const left = rows.packs_left_out;
     more.textContent = rows.packs.length ? `Choose a pack to see its attention mask.${left ? ` ${count(left, "more pack")} not drawn.` : ""}` : "No samples.";
     hideClippedLabels();

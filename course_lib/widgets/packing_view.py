@@ -178,7 +178,7 @@ def _sentence(pieces: Sequence[Piece], plan: PackPlan, share: float) -> str:
         text = f"{len(pieces)} samples, {len(pieces)} blocks: each token sees only its own sample, and positions restart at each."
     else:
         text = (
-            f"One triangle over {len(pieces)} samples: {100 * share:.0f} % of what the tokens see belongs to another sample. "
+            f"One triangle over {len(pieces)} samples: {100 * share:.0f}\u00a0% of what the tokens see belongs to another sample. "
             "That is contamination: an answer is trained with unrelated text before it."
         )
     if first.start > 0:
@@ -275,8 +275,8 @@ def attention_text(row: PackRow, *, isolated: bool, cells: int = _TEXT_CELLS) ->
 # GitHub takes the style sheet and all classes away; text in <pre> stays, so bars and pictures are drawn with characters.
 _STYLE = """<style>
 .course-packing-twin table {border-collapse: collapse; margin: 8px 0; font-size: 13px}
-.course-packing-twin :is(td, th, tr:nth-child(odd), tr:hover) {background: none; border: 0; vertical-align: top}
-.course-packing-twin :is(td, th) {padding: 3px 0 3px 24px; white-space: normal; text-align: right; font-weight: 400}
+.course-packing-twin tbody tr:nth-child(n) {background: none}
+.course-packing-twin :is(td, th) {border: 0; padding: 3px 0 3px 24px; white-space: normal; text-align: right; font-weight: 400}
 .course-packing-twin tr > :first-child {text-align: left; padding-left: 0}
 .course-packing-twin thead th {font-weight: 700}
 .course-packing-twin tbody > tr > * {border-top: 1px solid color-mix(in srgb, currentColor 25%, transparent)}
