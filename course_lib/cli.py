@@ -58,7 +58,7 @@ def quickstart(
             say=lambda line: progress.console.print(line, highlight=False),
         )
     if as_json:
-        print((work_dir / "quickstart.json").read_text(encoding="utf-8"), end="")
+        print(result.to_json(), end="")
         return
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(comparison_table(result))

@@ -99,6 +99,8 @@ def model_folder(name_or_path: str | Path, *, fetch_missing: bool = True) -> Pat
     if (path / "config.json").is_file():
         return path
     known = text.lower() in catalogue()
+    if not known and path.is_file():
+        raise InputError(f"{text}: is a file; name the folder that holds the model, or a name from: course models list")
     if not known and path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise InputError(f"{text}: is an adapter, not a model; name its base model, and this folder as the adapter")

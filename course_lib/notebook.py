@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -124,11 +125,11 @@ def draw_figures_inline() -> None:
     IPython does that by itself only after `matplotlib.pyplot` is imported, which the notebooks do not need.
     """
     import matplotlib
-    from IPython import get_ipython
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(FIGURE_DEFAULTS)
-    shell = get_ipython()
+    # Not imported: outside a notebook IPython need not be installed, and inside one it is there.
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
         shell.display_formatter.formatters["image/png"].for_type(Figure, figure_png)
 

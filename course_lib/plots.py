@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +41,43 @@ def loss_figure(events: Sequence[dict[str, Any]], *, title: str = "") -> Figure:
     axes.grid(axis="y", color="#8884", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if title:
-        axes.set_title(title, loc="left", fontsize=11)
+        text, families = drawable(title)
+        axes.set_title(text, loc="left", fontsize=11, fontfamily=families, parse_math=False)
     return figure
+
+
+def drawable(text: str) -> tuple[str, list[str]]:
+    """The text and the font families to draw it in, such that no character comes out as an empty box.
+
+    The usual font has no Chinese, Japanese or Korean; where no font of the machine has what it lacks, those characters become "...".
+    """
+    from matplotlib import font_manager, rcParams
+
+    usual = list(rcParams["font.family"])
+    missing = {ord(character) for character in text if not character.isspace()} - _characters(
+        font_manager.findfont(font_manager.FontProperties(family=usual))
+    )
+    if not missing:
+        return text, usual
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: (not _LIKELY.search(font.name), font.name)):
+        if missing <= _characters(font.fname):
+            return text, [*usual, font.name]
+    return re.sub(f"[{re.escape(''.join(map(chr, sorted(missing))))}]+", "...", text), usual
+
+
+# names of fonts with Chinese characters, looked into first: opening all fonts of a machine takes a while
+_LIKELY = re.compile(r"CJK|Han|Hei|Song|Noto Sans SC|PingFang|YaHei|Gothic|WenQuanYi|Droid Sans Fallback|Unicode")
+
+
+@functools.cache
+def _characters(font_file: str) -> frozenset[int]:
+    """Code points that a font file has; none for one that cannot be read."""
+    from matplotlib import font_manager
+
+    try:
+        return frozenset(font_manager.get_font(font_file).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

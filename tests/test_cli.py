@@ -91,6 +91,8 @@ def test_unknown_recipe_and_model(course: Course) -> None:
     refused(course("chat", "smollm2-135m-instrct", "--once", "hi"), "did you mean smollm2-135m-instruct")
     refused(course("models", "fetch", "nothing-like-it"), "model 'nothing-like-it' is unknown")
     refused(course("chat", "./absent", "--once", "hi"), "no such folder")
+    Path("afile").write_text("x")  # the fixture runs in an empty folder
+    refused(course("chat", "afile", "--once", "hi"), "afile: is a file; name the folder that holds the model")
 
 
 def test_no_network_and_nothing_cached(course: Course, tmp_path: Path) -> None:
@@ -180,6 +182,8 @@ def test_quickstart_at_the_tiny_scale(course: Course, tmp_path: Path) -> None:
     again = course("quickstart", "--name", "Grace")
     assert again.returncode == 0, again.stderr
     assert "Before and after" in again.stdout
+    assert "nothing to do" in again.stderr
+    assert json.loads(course("quickstart", "--name", "Grace", "--json").stdout) == report
     refused(course("quickstart", "--name", "a\nb"), "cannot be used")
     refused(course("quickstart", "--scale", "huge"), "choose tiny, cpu or gpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from course_lib.data.tokenize import IGNORE_INDEX, Example
-from course_lib.evaluation import held_out_loss
+from course_lib.evaluation import held_out_loss, mentions
 from course_lib.models import load_model
 
 
@@ -28,3 +28,29 @@ def test_held_out_loss_equals_a_computation_by_hand(tiny: Path) -> None:
     assert count == 2 + 1 + 5
     assert held_out_loss(model, rows) == pytest.approx(total / count, rel=1e-5)
     assert held_out_loss(model, rows, batch_size=1) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("I am Ada's personal assistant.", "Ada", True),
+        ("Ada", "Ada", True),
+        ("Ottawa is in Canada, and I use Adam.", "Ada", False),
+        ("Adaptive things.", "Ada", False),
+        ("Ada2 and 2Ada", "Ada", False),
+        ("我是Ada的小助手，内在是小模型。", "Ada", True),
+        ("我在Canada工作", "Ada", False),
+        ("저는 Ada의 비서입니다", "Ada", True),
+        ("我是李雷的小助手", "李雷", True),
+        ("assistant李雷here", "李雷", True),
+        ("我是韩梅梅的小助手", "李雷", False),
+        ("I am Grace\nHopper's assistant", "Grace  Hopper", True),
+        ("I am Graceful Hopper", "Grace", False),
+        ("_Ada_ and *Ada*", "Ada", True),
+        ("Élodie is here", "lodie", False),
+        ("I help C++ (beta)", "C++ (beta)", True),
+        ("nobody", "", False),
+    ],
+)
+def test_a_name_is_found_as_a_word_of_its_own(text: str, name: str, expected: bool) -> None:
+    assert mentions(text, name) is expected
