@@ -3,6 +3,8 @@ const SHIFT_EXPLAINED =
   "The model reads the upper token and is scored on the lower one: position t predicts token t + 1. " +
   "Where the lower line has a dash, the next label is -100 and nothing is scored.";
 const HINT = "Point at a token, or press Tab and the arrow keys, to read its id and label.";
+// JupyterLab moves between notebook cells with the arrow keys, unless the element in focus itself says to leave them alone.
+const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
 const MARKS = /([·⏎⇥␍]+)/; // how `visible` in mask_view.py writes white space
 
 function element(tag, attributes = {}, ...children) {
@@ -55,7 +57,7 @@ function inspector(cell, shift) {
     ["in the loss", cell.trained ? "yes" : "no"],
   ];
   if (shift) fields.push(["scored on", cell.predicts ?? "nothing"]);
-  return fields.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", { title: value }, value)));
+  return fields.map(([name, value]) => element("div", {}, element("span", { class: "course-name" }, name), " ", element("span", { class: "course-value", title: value }, value)));
 }
 
 function tokenCell(cell, last) {
@@ -63,7 +65,7 @@ function tokenCell(cell, last) {
   const scored = cell.predicts !== null;
   return element(
     "span",
-    { class: `course-token${kind}${cell.trained ? " course-trained" : ""}`, role: "option", tabindex: "-1", "aria-selected": "false", "aria-label": cell.description },
+    { class: `course-token${kind}${cell.trained ? " course-trained" : ""}`, role: "option", tabindex: "-1", "aria-selected": "false", "aria-label": cell.description, ...KEEP_KEYS },
     chip(cell.shown),
     element("span", { class: `course-next${scored ? " course-trained" : ""}` }, scored ? chip(cell.predicts) : last ? "end" : "–"),
   );
@@ -86,8 +88,7 @@ function nearestInLine(cells, from, direction) {
 
 // One Tab stop a list: the arrow keys move inside it (left and right by token, up and down by line, Home and End).
 function tokenList(column, show) {
-  // JupyterLab moves between notebook cells with the same arrow keys, unless told to leave them alone
-  const list = element("div", { class: "course-tokens", role: "listbox", "aria-label": `Tokens, template ${column.name}`, "data-lm-suppress-shortcuts": "true" });
+  const list = element("div", { class: "course-tokens", role: "listbox", "aria-label": `Tokens, template ${column.name}` });
   let line = element("div", { role: "presentation" });
   const cells = column.cells.map((cell, i) => {
     const node = tokenCell(cell, i === column.tokens - 1);
@@ -144,7 +145,7 @@ function columnNode(column, lists, show) {
 function render({ model, el }) {
   const button = element("button", { type: "button", class: "course-button" }, "Show the shift by one");
   const explained = element("p", { class: "course-note", role: "status" });
-  const details = element("dl", { class: "course-details" });
+  const details = element("div", { class: "course-details" });
   const columns = element("div", { class: "course-columns" });
   const box = element("section", { class: "course-mask-view", "aria-label": "Tokens and loss mask" });
   let shownCell = null, lists = [];
@@ -164,7 +165,7 @@ function render({ model, el }) {
   const drawColumns = () => {
     const all = model.get("columns");
     [shownCell, lists] = [null, []];
-    details.replaceChildren(element("div", { class: "course-hint" }, element("dt", {}, "token"), element("dd", {}, HINT)));
+    details.replaceChildren(element("p", { class: "course-hint" }, HINT));
     columns.replaceChildren(...all.map((column) => columnNode(column, lists, show)));
     box.replaceChildren(element("div", { class: "course-toolbar" }, legend(all), button), explained, details, columns);
     drawShift();

@@ -276,7 +276,7 @@ class MaskView(anywidget.AnyWidget):
 _STYLE = """<style>
 .course-mask-twin table {border-collapse: collapse; margin: 8px 0; width: 100%; font-size: 13px}
 .course-mask-twin tbody tr:nth-child(n) {background: none}
-.course-mask-twin :is(td, th) {border: 0; padding: 4px 20px 4px 0; text-align: left; vertical-align: top; font-weight: 400; white-space: normal}
+.course-mask-twin :is(td, th) {border: 0; padding: 4px 20px 4px 0; vertical-align: top; font-weight: 400; white-space: normal}
 .course-mask-tokens {font-family: var(--jp-code-font-family, ui-monospace, Menlo, Consolas, monospace); line-height: 1.8;
  max-height: 26rem; overflow: auto; overflow-wrap: anywhere}
 .course-mask-twin :is(p, div) :is(code, kbd, ins) {display: inline-block; max-width: 100%; box-sizing: border-box; font: inherit; color: inherit;
@@ -308,13 +308,15 @@ def static_html(columns: Sequence[MaskColumn], *, shift: bool = False) -> str:
         "<p>How to read it: <ins><b>bold and underlined</b></ins> is trained, plain is context only, <kbd>boxed</kbd> is a "
         f"special token; · is a space, ⏎ a line break, ⟨é 1/2⟩ a piece of a character{shifted}.</p>"
     )
+    # notebook pages align what is in a table to the right, and heed no attribute of <td>: hence the <div align>
     heads = "".join(
-        f'<th scope="col" align="left" width="{100 // len(columns)}%"><b>{html.escape(column["name"])}</b><br>{html.escape(counts(column))}</th>'
+        f'<th scope="col" width="{100 // len(columns)}%"><div align="left"><b>{html.escape(column["name"])}</b><br>'
+        f"{html.escape(counts(column))}</div></th>"
         for column in columns
     )
+    place = f'align="left" class="course-mask-tokens{" course-mask-shift" if shift else ""}" tabindex="0"'
     bodies = "".join(
-        f'<td align="left" valign="top"><div class="course-mask-tokens{" course-mask-shift" if shift else ""}" tabindex="0">{_static_tokens(column["cells"], shift)}</div></td>'
-        for column in columns
+        f'<td valign="top"><div {place}>{_static_tokens(column["cells"], shift)}</div></td>' for column in columns
     )
     table = f"<table><thead><tr>{heads}</tr></thead><tbody><tr>{bodies}</tr></tbody></table>"
     return f'<div class="course-mask-twin">{_STYLE}\n{key}\n{table}</div>'

@@ -2,6 +2,8 @@
 const SIDE = 384, BAND = 20; // of the attention picture and of the sample numbers along its edges, in its own units
 const LETTER = 8; // width of a digit there
 const NAMED = 8; // samples of a pack that are read out one by one
+// JupyterLab moves between notebook cells with the arrow keys, unless the element in focus itself says to leave them alone.
+const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
 
 function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -34,7 +36,7 @@ function packButton(pack, maxLength) {
   if (left > 0) words.push(`and ${left} more`);
   return element(
     "button",
-    { type: "button", class: "course-pack", "aria-label": `Pack ${pack.number}, ${pack.tokens} of ${maxLength} tokens. ${words.join("; ")}` },
+    { type: "button", class: "course-pack", ...KEEP_KEYS, "aria-label": `Pack ${pack.number}, ${pack.tokens} of ${maxLength} tokens. ${words.join("; ")}` },
     element("span", { class: "course-pack-number" }, String(pack.number)),
     element("span", { class: "course-bar" }, ...pack.segments.map((segment) => segmentNode(segment, maxLength))),
     element("span", { class: "course-pack-tokens" }, pack.tokens.toLocaleString("en")),
@@ -102,20 +104,18 @@ function attentionPanel(pack, isolated) {
 }
 
 function numberTile([name, value], fill) {
-  const tile = element("div", {}, element("dt", {}, name), element("dd", {}, value));
+  const tile = element("div", {}, element("span", { class: "course-value" }, value), " ", element("span", { class: "course-name" }, name));
   if (name === "fill") tile.append(element("span", { class: "course-meter", "aria-hidden": "true" }, element("span", { style: `width: ${100 * fill}%` })));
   return tile;
 }
 
 function render({ model, el }) {
   const group = `course-strategy-${Math.random().toString(36).slice(2)}`;
-  // JupyterLab moves between notebook cells with the same arrow keys, unless told to leave them alone
-  const keys = { "data-lm-suppress-shortcuts": "true" };
-  const choices = element("fieldset", { class: "course-choices", ...keys }, element("legend", {}, "Packing strategy"));
-  const numbers = element("dl", { class: "course-numbers" });
+  const choices = element("fieldset", { class: "course-choices" }, element("legend", {}, "Packing strategy"));
+  const numbers = element("div", { class: "course-numbers" });
   const said = element("p", { class: "course-spoken", role: "status", "aria-live": "polite" });
   const heading = element("p", { class: "course-heading" });
-  const bars = element("div", { class: "course-packs", role: "group", ...keys });
+  const bars = element("div", { class: "course-packs", role: "group" });
   const key = element("div");
   const more = element("p", { class: "course-note" });
   const attention = element("div", { class: "course-attention-panel" });
@@ -160,7 +160,7 @@ function render({ model, el }) {
   const drawChoices = () => {
     choices.querySelectorAll("label").forEach((label) => label.remove());
     for (const rows of model.get("views")) {
-      const radio = element("input", { type: "radio", name: group, value: rows.strategy });
+      const radio = element("input", { type: "radio", name: group, value: rows.strategy, ...KEEP_KEYS });
       choices.append(element("label", {}, radio, rows.strategy, element("span", { class: "course-note" }, count(rows.numbers.packs, "pack"))));
     }
     drawStrategy();

@@ -117,7 +117,7 @@ def test_arrow_keys_move_through_the_tokens_and_tell_what_they_are(drive: Callab
         }
         const line = (i) => cells[i].getBoundingClientRect().top;
         return { path, below: line(path[9]) - line(0), selected: cells.filter((node) => node.ariaSelected === "true").length,
-                 stops: cells.filter((node) => node.tabIndex === 0).length, details: text(".course-details dd") };""",
+                 stops: cells.filter((node) => node.tabIndex === 0).length, details: text(".course-details .course-value") };""",
     )
     last = len(mask.columns[0]["cells"]) - 1
     assert seen["path"][:6] == [0, 1, 2, 1, last, last]
@@ -133,7 +133,7 @@ def test_pointing_at_a_token_tells_its_id_and_label(drive: Callable, mask: MaskV
     seen = drive(
         mask,
         """all("[role=option]")[3].firstChild.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
-        return { details: text(".course-details dd") };""",
+        return { details: text(".course-details .course-value") };""",
     )
     cell = mask.columns[0]["cells"][3]
     assert seen["details"][:3] == [str(cell["position"]), cell["named"], str(cell["id"])]
@@ -165,7 +165,7 @@ def test_the_strategy_changes_numbers_bars_and_mask(drive: Callable) -> None:
     view = PackingView(LENGTHS, max_length=64)
     seen = drive(
         view,
-        """const read = () => ({ numbers: text(".course-numbers dd"), bars: text(".course-segment"), foreign: all(".foreign").length,
+        """const read = () => ({ numbers: text(".course-numbers .course-value"), bars: text(".course-segment"), foreign: all(".foreign").length,
                                alternative: one(".course-attention svg").getAttribute("aria-label") });
         const views = {};
         for (const radio of all("input[type=radio]")) { radio.click(); views[model.get("strategy")] = read(); }
