@@ -16,6 +16,7 @@ from rich.table import Table
 
 from course_lib.cli_data import data_app
 from course_lib.errors import CourseError, InputError
+from course_lib.files import WRONG_PLACE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -266,6 +267,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe left, as `| head` does
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # a path that no look at it came back from, such as one of 300 characters
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", 2 if error.errno in WRONG_PLACE else 1)
 
 
 def _run(arguments: list[str]) -> None:

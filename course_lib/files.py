@@ -203,13 +203,14 @@ def save_errors(path: Path) -> Iterator[None]:
             ) from error
         named = getattr(error, "filename", None)
         reason = os.strerror(number) + (f": {named}" if named else "")
-        if number in _WRONG_PLACE:
+        if number in WRONG_PLACE:
             raise InputError(f"{path}: cannot be written ({reason}); choose another place") from error
         raise CourseError(f"{path}: was not written ({reason}); what was there before is unchanged") from error
 
 
 _FULL_BELOW_BYTES = 1_000_000
-_WRONG_PLACE = {
+# where the path is at fault, and not the disk
+WRONG_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EBUSY, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP),
 }

@@ -276,3 +276,28 @@ def test_held_out_rows_are_told(course: Course, recipe_file: Path) -> None:
     trained = course("train", "my.yaml", "--set", "data.held_out=2")
     assert trained.returncode == 0
     assert "2 rows held out of 10" in trained.stderr
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["chat", LONG, "--once", "hi"],
+        ["chat", "tiny", "--adapter", LONG, "--once", "hi"],
+        ["merge", "tiny", LONG, "out"],
+        ["merge", LONG, "out", "out"],
+        ["data", "check", LONG],
+        ["data", "preview", LONG],
+        ["data", "convert", "rows.json", LONG],
+        ["data", "split", LONG],
+        ["train", LONG],
+        ["train", "my.yaml", "--set", f"data.path={LONG}"],
+        ["train", "my.yaml", "--set", f"model.name={LONG}"],
+        ["recipes", "copy", "smollm2_135m_lora_alpaca_512_e1", LONG],
+        ["quickstart", "--work-dir", LONG],
+    ],
+)
+def test_a_name_too_long_for_any_file(course: Course, recipe_file: Path, arguments: list[str]) -> None:
+    refused(course(*arguments), "File name too long")
