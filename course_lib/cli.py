@@ -56,7 +56,7 @@ def quickstart(
             scale=scale,
             work_dir=work_dir,
             listeners=[progress],
-            say=lambda line: progress.console.print(line, highlight=False),
+            say=lambda line: progress.console.print(line, highlight=False, soft_wrap=True),
         )
     if as_json:
         print(result.to_json(), end="")
