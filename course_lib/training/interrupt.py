@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from course_lib.errors import CourseError
 
@@ -36,3 +37,22 @@ def interrupt_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def interrupts_told(work_dir: Path, resume_hint: str) -> Iterator[None]:
+    """Let a Ctrl-C outside the steps, or a second one, say how to go on, where there is a checkpoint to go on from.
+
+    Raises:
+        Interrupted: Ctrl-C, and a checkpoint is there. Before there is one, the plain KeyboardInterrupt goes on.
+    """
+    from course_lib.training.checkpoint import (
+        checkpoints,
+    )  # loads torch, which a command that only reports does not need
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not checkpoints(work_dir):
+            raise
+        raise Interrupted(f"stopped; {resume_hint} (checkpoint in {work_dir})") from None

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from course_lib.errors import InputError
 from course_lib.files import save_errors
 from course_lib.training.checkpoint import checkpoints
-from course_lib.training.interrupt import Interrupted
 from course_lib.training.listeners import METRICS_FILE, read_metrics
 
 OUTPUTS = ("adapter", "model")
@@ -39,21 +36,6 @@ def checkpoint_to_resume(work_dir: Path, *, resume: bool, overwrite: bool) -> Pa
     if earlier and not (resume or overwrite):
         raise InputError(f"{work_dir}: already holds a run; add --resume to go on with it, or name another --work-dir")
     return done[-1][1] if resume and done else None
-
-
-@contextmanager
-def interrupts_told(work_dir: Path, resume_hint: str) -> Iterator[None]:
-    """Let a Ctrl-C outside the steps, or a second one, say how to go on, where there is a checkpoint to go on from.
-
-    Raises:
-        Interrupted: Ctrl-C, and a checkpoint is there. Before there is one, the plain KeyboardInterrupt goes on.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not checkpoints(work_dir):
-            raise
-        raise Interrupted(f"stopped; {resume_hint} (checkpoint in {work_dir})") from None
 
 
 def events_until(work_dir: Path, step: int) -> list[dict[str, Any]]:
