@@ -104,6 +104,27 @@ def test_every_token_is_drawn_as_text_and_marked(drive: Callable, mask: MaskView
     assert seen["listeners"] == 0  # none is left when the widget is taken away
 
 
+def test_a_token_that_spells_markup_stays_text(drive: Callable, mask: MaskView) -> None:
+    cell = {
+        **mask.columns[0]["cells"][0],
+        "shown": HOSTILE,
+        "named": HOSTILE,
+        "predicts": HOSTILE,
+        "description": HOSTILE,
+    }
+    mask.columns = [{**mask.columns[0], "cells": [cell], "name": HOSTILE, "counts": HOSTILE, "error": HOSTILE}]
+    seen = drive(
+        mask,
+        """one("button").click();
+        one("[role=option]").focus();
+        await new Promise((done) => setTimeout(done, 50));
+        return { shown: text(".course-now").filter((words) => words.includes("script")), value: text(".course-value")[1],
+                 title: text(".course-title span"), injected: all("script, img").length + (window.hurt ?? 0) };""",
+    )
+    assert (seen["shown"], seen["value"], seen["title"]) == ([HOSTILE] * 2, HOSTILE, [HOSTILE])
+    assert seen["injected"] == 0
+
+
 def test_arrow_keys_move_through_the_tokens_and_tell_what_they_are(drive: Callable, mask: MaskView) -> None:
     seen = drive(
         mask,

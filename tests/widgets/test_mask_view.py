@@ -171,6 +171,18 @@ def test_hostile_text_stays_text(tokenizer: Any, read_html: Callable) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", ["text", "special", "piece"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_token_that_spells_markup_stays_text(tokenizer: Any, read_html: Callable, kind: str, trained: bool) -> None:
+    """Real vocabularies have tokens as long as `<script`; the tiny tokenizer's are single bytes."""
+    view = MaskView(chat(), tokenizer, shift=True)
+    cell = {**view.columns[0]["cells"][0], "kind": kind, "trained": trained, "shown": HOSTILE, "predicts": HOSTILE}
+    view.columns = [{**view.columns[0], "cells": [cell]}]
+    elements, text = read_html(static(view))
+    assert {tag for tag, _ in elements}.isdisjoint({"script", "img"})
+    assert text.count(HOSTILE) == 2
+
+
 def test_a_refusal_that_quotes_the_row_is_escaped(tokenizer: Any, read_html: Callable) -> None:
     view = MaskView(chat(), tokenizer)
     refused = {**view.columns[0], "cells": [], "error": HOSTILE, "name": HOSTILE}
