@@ -238,6 +238,7 @@ class MaskView(anywidget.AnyWidget):
 
     Raises:
         InputError: a template's name is unknown.
+        ValueError: no template is named.
     """
 
     _esm = _HERE / "mask_view.js"
@@ -256,6 +257,8 @@ class MaskView(anywidget.AnyWidget):
         most: int = MOST_CELLS,
     ) -> None:
         names = [templates] if isinstance(templates, str) else list(templates)
+        if not names:
+            raise ValueError("name at least one template, or auto for the tokenizer's own")
         made = [mask_column(conversation, name, tokenizer, most=most) for name in names]
         super().__init__(columns=[{**column, "counts": counts(column)} for column in made], shift=shift)
 
@@ -297,13 +300,9 @@ def static_html(columns: Sequence[MaskColumn], *, shift: bool = False) -> str:
     """The shown tokens of all columns as HTML without script, every text of the conversation escaped.
 
     Args:
-        shift: write beside each token the one it is scored on (as `<ruby>`: small, below it).
+        shift: write beside each token the one it is scored on (as `<ruby>`: small, below it, or above it where styles are lost).
     """
-    shifted = (
-        "; the small token below one, after an arrow, is what this position is scored on: the next token"
-        if shift
-        else ""
-    )
+    shifted = "; a small token after an arrow is what that position is scored on: the next token" if shift else ""
     key = (
         "<p>How to read it: <ins><b>bold and underlined</b></ins> is trained, plain is context only, <kbd>boxed</kbd> is a "
         f"special token; · is a space, ⏎ a line break, ⟨é 1/2⟩ a piece of a character{shifted}.</p>"

@@ -136,6 +136,8 @@ def test_several_templates_stand_side_by_side_and_a_refusal_says_why(tokenizer: 
 
 def test_one_template_may_be_named_without_a_list(tokenizer: Any) -> None:
     assert [column["name"] for column in MaskView(chat(), tokenizer, "chatml").columns] == ["chatml"]
+    with pytest.raises(ValueError, match="at least one template"):
+        MaskView(chat(), tokenizer, [])
 
 
 def test_a_long_conversation_shows_a_part_and_counts_the_whole(tokenizer: Any) -> None:
