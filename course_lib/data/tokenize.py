@@ -158,6 +158,7 @@ def _encode(
         if not in_pieces:
             ids, spans = next(tokens)
             answer_of = _answer_of(spans, one.answers)
+            in_pieces = _edge_moves(one, ids, spans, tokenizer)
         encoded.append(_encode_in_pieces(one, tokenizer) if in_pieces or answer_of is None else (ids, answer_of))
     return encoded
 
@@ -189,6 +190,25 @@ def _answer_of(token_spans: Sequence[tuple[int, int]], answers: Sequence[tuple[i
             return None
         answer_of.append(number if token_start >= start else None)
     return answer_of
+
+
+def _edge_moves(
+    rendered: Rendered, ids: list[int], spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether a prompt alone, as chat feeds it, ends in other tokens than with its answer behind it.
+
+    GPT-2's rule of cutting keeps the last of several white space characters apart where a word follows, and joins them where
+    none does: the header "\\n\\n" of Llama 3 is two tokens before an answer, and one at the end of a prompt. Where one token
+    holds the last two characters of the header, nothing was cut.
+    """
+    for start, _ in rendered.answers:
+        if start < 2 or not rendered.text[start - 2 : start].isspace():
+            continue
+        before = next((place for place, span in enumerate(spans) if span[0] >= start), len(spans))
+        whole_run = spans[before - 1][0] <= start - 2
+        if not whole_run and ids[:before] != _tokens([rendered.text[:start]], tokenizer)[0][0]:
+            return True
+    return False
 
 
 def _encode_in_pieces(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int | None]]:

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from course_lib.data.conversation import RowError
 from course_lib.data.formats import read_rows, to_conversation
-from course_lib.data.templates import ChatTemplate, choose_template, named_template, render, stop_token_ids
+from course_lib.data.templates import (
+    STOP_TEXTS,
+    ChatTemplate,
+    choose_template,
+    named_template,
+    render,
+    stop_token_ids,
+)
 from course_lib.data.tokenize import IGNORE_INDEX, encode_conversation, encode_prompt
 from course_lib.errors import InputError
 
@@ -57,8 +64,10 @@ def test_prefixes_hold_with_a_real_tokenizer(embedded_tokenizer: Any, questions:
     _check_prefixes(embedded_tokenizer, questions, answers)
 
 
-def _check_prefixes(tokenizer: Any, questions: list[str], answers: list[str]) -> list[dict]:
-    template = choose_template(tokenizer)
+def _check_prefixes(
+    tokenizer: Any, questions: list[str], answers: list[str], template: ChatTemplate | None = None
+) -> list[dict]:
+    template = template or choose_template(tokenizer)
     messages = [
         turn
         for question, answer in zip(questions, answers, strict=False)
@@ -79,6 +88,31 @@ def _check_prefixes(tokenizer: Any, questions: list[str], answers: list[str]) ->
 def test_an_answer_that_begins_with_white_space_keeps_the_edge(embedded_tokenizer: Any, answer: str) -> None:
     """`\\n` of the header and `\\n` of the answer are one token of this tokenizer; the mask used to start a token early."""
     _check_prefixes(embedded_tokenizer, ["q"], [answer] * 3)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("header", ["\n\n", " \n", "\n \n\n", "  ", "\n"])
+def test_a_header_that_ends_in_white_space_keeps_the_edge(embedded_tokenizer: Any, header: str, turns: int) -> None:
+    """This tokenizer makes one token of `\\n\\n` at the end of a prompt, and two where an answer follows."""
+    source = (
+        "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}{{- 'A:' + header -}}{%- generation -%}"
+        "{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}{%- else -%}{{- message['content'] -}}{%- endif -%}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{- 'A:' + header -}}{%- endif -%}"
+    )
+    template = ChatTemplate(
+        name="header", source="{%- set header = " + repr(header) + " -%}" + source, stop_texts=("<|im_end|>",)
+    )
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Honey."}] * turns
+    _check_prefixes(embedded_tokenizer, ["q"] * turns, ["Honey."] * turns, template)
+    assert trained_text({"messages": messages}, template, embedded_tokenizer) == "Honey.<|im_end|>" * turns
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", sorted(STOP_TEXTS))
+def test_prefixes_hold_in_every_named_template(embedded_tokenizer: Any, name: str) -> None:
+    for turns in (1, 2, 3):
+        _check_prefixes(embedded_tokenizer, ["q"] * turns, ["Honey."] * turns, named_template(name))
 
 
 @pytest.mark.embedded
