@@ -1,4 +1,4 @@
-"""Greedy answers to several questions at once."""
+"""Greedy answers to several questions at once, as text or as token ids."""
 
 from __future__ import annotations
 
@@ -28,8 +28,32 @@ def answer_questions(
 
     The model must be in evaluation mode, with an attention implementation that takes a padding mask (sdpa).
     """
+    answers = answer_ids(model, tokenizer, questions, template=template, system=system, max_new_tokens=max_new_tokens)
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def answer_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    template: ChatTemplate,
+    system: str = "",
+    max_new_tokens: int = 60,
+    stop: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Answer as `answer_questions` does, and return the token ids of each answer.
+
+    Args:
+        stop: ids that end an answer; by default those of the template, the tokenizer and the checkpoint.
+
+    Returns:
+        For each question the ids that were written, up to and with the one that ended the answer. An answer whose last id is
+        not in `stop` was cut at `max_new_tokens`.
+    """
     import torch
 
+    ends = stop_ids(model, template, tokenizer) if stop is None else sorted(set(stop))
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     prompts = [
         encode_prompt([*opening, {"role": "user", "content": question}], template, tokenizer) for question in questions
@@ -50,7 +74,13 @@ def answer_questions(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=stop_ids(model, template, tokenizer),
+            eos_token_id=ends,
             pad_token_id=pad_token_id,
         )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+    return [_up_to_end(written, ends) for written in output[:, longest:].tolist()]
+
+
+def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Without the padding that follows an answer which ended before the others of its batch."""
+    first = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: first + 1]
