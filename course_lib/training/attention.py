@@ -14,8 +14,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -58,33 +58,46 @@ def segments_attention_forward(
         raise ValueError(
             "segments attention needs cu_seq_lens_q; call the model with what data/collate.py's flatten() returns"
         )
-    if varlen_attn is not None and cu_seq_lens_q.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        groups = query.shape[1] // key.shape[1]
-        output = varlen_attn(
-            query[0].transpose(0, 1),
-            repeat_kv(key, groups)[0].transpose(0, 1),
-            repeat_kv(value, groups)[0].transpose(0, 1),
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),  # all earlier tokens, no later ones: causal
-        )
-        return output.unsqueeze(0), None
-    outputs = [
-        sdpa_attention_forward(
-            module,
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attention_mask=None,
-            scaling=scaling,
-            **kwargs,
-        )[0]
-        for start, end in pairwise(cu_seq_lens_q.tolist())
-    ]
-    return torch.cat(outputs, dim=1), None
+    # squeeze, not [0]: the backward pass of an index fills a tensor of zeros and copies into it
+    flat = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
+    return attend(*flat, cu_seq_lens_q=cu_seq_lens_q, max_length_q=max_length_q, scaling=scaling)[None], None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention within each segment.
+
+    Args:
+        query: shape (tokens, heads, head_dim); key and value: (tokens, key_value_heads, head_dim).
+
+    Returns:
+        Shape (tokens, heads, head_dim).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if takes_edges(query) and cu_seq_lens_q.is_cuda:
+        if groups > 1:
+            key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+        causal = (-1, 0)  # all earlier tokens, no later ones
+        edges, longest = cu_seq_lens_q, max_length_q
+        return varlen_attn(query, key, value, edges, edges, longest, longest, scale=scaling, window_size=causal)
+    outputs = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        parts = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        outputs.append(attended.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def takes_edges(query: torch.Tensor) -> bool:
+    """Whether attention over tensors like this one takes the edges of the segments on the GPU, in one call."""
+    return varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 AttentionInterface.register(SEGMENTS, segments_attention_forward)

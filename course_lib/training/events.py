@@ -19,6 +19,7 @@ class RunStarted:
     held_out_examples: int
     packs: int
     data: str
+    engine: str  # which layers compute: fused, or the model's own and why
     work_dir: Path
 
 

@@ -109,6 +109,7 @@ class TerminalProgress:
                 f"{event.train_examples} rows in {event.packs} packs, {event.total_steps} steps; training "
                 f"{event.trainable_parameters:,} of {event.parameters:,} parameters ({share:.2%})"
             )
+            self._say(f"computed by {event.engine}")
             if event.held_out_examples:
                 total = event.train_examples + event.held_out_examples
                 self._say(f"{event.held_out_examples} rows held out of {total}")

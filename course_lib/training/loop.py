@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from course_lib.training.checkpoint import remove_checkpoints, save_bad_batch
 from course_lib.training.events import HeldOutLoss, Listener, RunEnded, RunStarted, SampleAnswers, StepDone
 from course_lib.training.interrupt import Interrupted, interrupt_requested, interrupts_told
 from course_lib.training.listeners import METRICS_FILE, MetricsFile
-from course_lib.training.loss import supervised_loss, trained_tokens
+from course_lib.training.loss import PlainEngine, trained_tokens
 from course_lib.training.memory import memory_errors, peak_memory_bytes, reset_peak_memory
 from course_lib.training.run import Run, prepare_run
 from course_lib.training.work_dir import checkpoint_to_resume, events_until
@@ -74,12 +75,13 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
         RunStarted(
             first_step=first_step,
             total_steps=total_steps,
-            trainable_parameters=sum(parameter.numel() for parameter in run.trainable),
+            trainable_parameters=sum(parameter.numel() for parameter in run.engine.trainable),
             parameters=run.bare_model.num_parameters(),
             train_examples=len(run.dataset.train),
             held_out_examples=len(run.dataset.held_out),
             packs=len(run.plan.packs),
             data=run.dataset.report.summary(),
+            engine=run.engine.description,
             work_dir=run.work_dir,
         )
     )
@@ -118,15 +120,19 @@ def _step(run: Run, step: int) -> StepDone:
     accelerator, settings = run.accelerator, run.recipe.training
     batches = [run.batch(examples) for examples in run.plan.micro_batches(step)]
     total_trained = sum(map(trained_tokens, batches))
-    loss_sum = torch.zeros((), device=accelerator.device)
+    losses = []
     for batch in batches:
         with accelerator.autocast():
-            loss = supervised_loss(run.model, batch) / total_trained
-        if not torch.isfinite(loss):
-            save_bad_batch(run.work_dir, step=step + 1, batch=batch, loss=loss.item())
+            loss = run.engine.loss(batch) / total_trained
         accelerator.backward(loss)
-        loss_sum += loss.detach()
-    grad_norm = float(accelerator.clip_grad_norm_(run.trainable, settings.max_grad_norm))
+        run.engine.after_micro_batch()
+        losses.append(loss.detach())
+    norm = accelerator.clip_grad_norm_(run.engine.trainable, settings.max_grad_norm)
+    # read together, once a step: each reading waits for the GPU
+    *loss_values, grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
+    for batch, value in zip(batches, loss_values, strict=True):
+        if not math.isfinite(value):
+            save_bad_batch(run.work_dir, step=step + 1, batch=batch, loss=value)
     if grad_norm == 0:
         raise CourseError(
             f"step {step + 1}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels"
@@ -134,14 +140,14 @@ def _step(run: Run, step: int) -> StepDone:
     lr = run.schedule.get_last_lr()[0]
     run.optimizer.step()
     run.schedule.step()
-    run.optimizer.zero_grad()
+    run.engine.after_step()
+    run.optimizer.zero_grad(set_to_none=isinstance(run.engine, PlainEngine))  # flat gradients keep their place
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    loss_value = loss_sum.item()
     return StepDone(
         step=step + 1,
         total_steps=run.plan.total_steps,
         epoch=(step + 1) / run.plan.steps_per_epoch,
-        loss=loss_value,
+        loss=sum(loss_values),
         lr=lr,
         grad_norm=grad_norm,
         tokens=tokens,

@@ -24,6 +24,8 @@ from course_lib.training.attention import SEGMENTS, attention, supports_segments
 from course_lib.training.batches import StepPlan, plan_steps
 from course_lib.training.checkpoint import load_state, save_checkpoint, set_random_state
 from course_lib.training.events import CheckpointSaved, Event, Listener
+from course_lib.training.fused import FusedEngine, why_not_fused
+from course_lib.training.loss import PlainEngine, to_device
 from course_lib.training.optimizer import make_optimizer, make_schedule
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Run:
     work_dir: Path
     accelerator: Accelerator
     model: Any  # a PeftModel, or a PreTrainedModel in full fine-tuning
-    trainable: list[torch.nn.Parameter]
+    engine: FusedEngine | PlainEngine
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     base_folder: Path
@@ -58,16 +60,13 @@ class Run:
             listener(event)
 
     def batch(self, examples: list) -> dict[str, Any]:
-        """Tensors on the model's device. The segment edges stay on the CPU where attention runs once a segment, and go
-        along where it takes them itself: no layer waits for a copy."""
+        """Tensors on the model's device. Labels stay on the CPU, where they are counted and chosen from. So do the segment
+        edges where attention runs once a segment; they go along where it takes them itself: no layer waits for a copy."""
         tensors = flatten(examples) if self.flat else pad(examples, pad_token_id=self.tokenizer.pad_token_id or 0)
         device = self.accelerator.device
         takes_edges = device.type == "cuda" and self.accelerator.mixed_precision != "no"
-        stays = ("max_",) if takes_edges else ("max_", "cu_")
-        return {
-            name: value if name.startswith(stays) else value.to(device, non_blocking=True)
-            for name, value in tensors.items()
-        }
+        stays = ("max_", "labels") if takes_edges else ("max_", "labels", "cu_")
+        return {name: value if name.startswith(stays) else to_device(value, device) for name, value in tensors.items()}
 
     @property
     def bare_model(self) -> Any:
@@ -106,6 +105,7 @@ class Run:
             "schedule": self.schedule.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "recipe": self.recipe.model_dump(mode="json"),
+            "layers": type(self.engine).__name__,
         }
         keep = self.recipe.training.keep_checkpoints
         path = save_checkpoint(self.work_dir, step=step, keep=keep, state=state, save_weights=self.save_weights)
@@ -114,7 +114,13 @@ class Run:
     def restore(self, checkpoint: Path) -> int:
         """Put everything back to where the checkpoint was saved, and return its step."""
         state = load_state(checkpoint, recipe=self.recipe.model_dump(mode="json"))
+        if state.get("layers") != type(self.engine).__name__:
+            raise InputError(
+                f"{checkpoint}: was trained with other layers than {self.engine.description}, whose optimizer state is of another "
+                "shape; go on where it was begun, or begin anew"
+            )
         load_weights(self.bare_model, checkpoint)
+        self.engine.after_step()
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler and state["scaler"]:
@@ -144,22 +150,22 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
         compute_dtype=None if settings.compute_dtype == "auto" else settings.compute_dtype,
         trust_remote_code=settings.trust_remote_code,
     )
-    if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
     AcceleratorState._reset_state()  # a second run in one notebook may compute in another type
     accelerator = Accelerator(mixed_precision=_mixed_precision(model))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     plan = plan_steps(dataset.train, recipe.data, recipe.training)
-    model, optimizer = accelerator.prepare(model, make_optimizer(trainable, recipe.training))
     longest = int(max(dataset.train.lengths.max(), dataset.held_out.lengths.max(initial=0)))
+    flat = supports_segments(_base_model(model), longest=longest)
+    model = accelerator.prepare(model)
+    engine = _make_engine(accelerator.unwrap_model(model), flat=flat, checkpoint=recipe.training.gradient_checkpointing)
+    optimizer = accelerator.prepare(make_optimizer(engine.trainable, recipe.training))
     return Run(
         recipe=recipe,
         work_dir=work_dir,
         accelerator=accelerator,
         model=model,
-        trainable=trainable,
+        engine=engine,
         tokenizer=tokenizer,
         template=template,
         base_folder=base_folder,
@@ -167,8 +173,18 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
         plan=plan,
         optimizer=optimizer,
         schedule=make_schedule(optimizer, recipe.training, total_steps=plan.total_steps),
-        flat=supports_segments(accelerator.unwrap_model(model), longest=longest),
+        flat=flat,
     )
+
+
+def _make_engine(model: Any, *, flat: bool, checkpoint: bool) -> FusedEngine | PlainEngine:
+    """The fused layers where they apply."""
+    reason = why_not_fused(model) if flat else "rows are padded"
+    if not reason:
+        return FusedEngine(model, checkpoint=checkpoint)
+    if checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return PlainEngine(model, reason)
 
 
 def _base_model(model: Any) -> Any:

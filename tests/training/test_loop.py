@@ -15,9 +15,9 @@ import torch
 
 from course_lib.errors import CourseError, InputError
 from course_lib.files import write_text
-from course_lib.training import loop
 from course_lib.training.checkpoint import checkpoints
 from course_lib.training.events import CheckpointSaved, HeldOutLoss, RunEnded, RunStarted, SampleAnswers, StepDone
+from course_lib.training.fused import FusedEngine
 from course_lib.training.interrupt import Interrupted
 from course_lib.training.listeners import read_metrics
 from course_lib.training.loop import train
@@ -145,13 +145,13 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_whole(
 def test_a_loss_that_is_nan_stops_the_run_with_its_batch_saved(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_loss, calls = loop.supervised_loss, []
+    real_loss, calls = FusedEngine.loss, []
 
     def broken(model: Any, batch: dict) -> torch.Tensor:
         calls.append(1)
         return real_loss(model, batch) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(loop, "supervised_loss", broken)
+    monkeypatch.setattr(FusedEngine, "loss", broken)
     with pytest.raises(CourseError, match=r"step 3: the loss is nan.*bad_batch\.pt") as caught:
         train(make(), work_dir=tmp_path / "run")
     assert caught.value.exit_code == 1
@@ -269,7 +269,7 @@ def test_memory_that_runs_out_is_one_line(
     def too_large(*_: object) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(loop, "supervised_loss", too_large)
+    monkeypatch.setattr(FusedEngine, "loss", too_large)
     with pytest.raises(CourseError, match=r"memory ran out: lower training\.batch_size") as caught:
         train(make(), work_dir=tmp_path / "run")
     assert caught.value.exit_code == 1

@@ -1,0 +1,229 @@
+"""The fused layers against peft under autograd: loss, and the gradient of every adapter matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from course_lib.data.collate import flatten
+from course_lib.data.tokenize import Example
+from course_lib.training import fused_linear, loss
+from course_lib.training.attention import SEGMENTS, attention
+from course_lib.training.fused import FusedEngine, why_not_fused
+from course_lib.training.fused_linear import drop
+from course_lib.training.loss import chunked_loss, supervised_loss
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE),
+    "internlm": LlamaConfig(**{**SHAPE, "num_key_value_heads": 4}, attention_bias=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+}
+
+
+def adapted(config: Any, *, dtype: torch.dtype = torch.float64, device: str = "cpu", **lora: Any) -> Any:
+    """A random model, biases and norms random too, whose adapters are not zero."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).to(device, dtype)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "norm" in name:
+            nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+    return with_adapters(model, **lora)
+
+
+def with_adapters(model: PreTrainedModel, **lora: Any) -> Any:
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model, LoraConfig(**{**settings, **lora}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0, 0.1)
+    return model.train()
+
+
+def batch(device: str = "cpu") -> dict[str, Any]:
+    torch.manual_seed(2)
+    ids = [torch.randint(97, (length,)).tolist() for length in (17, 9, 30)]
+    made = flatten([Example(row, [-100] * 3 + row[3:]) for row in ids])
+    return {name: value if name.startswith(("max_", "cu_")) else value.to(device) for name, value in made.items()}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def compare(model: Any, *, checkpoint: bool, tolerance: float, device: str = "cpu") -> None:
+    """Run autograd's way, then the fused way, on the same adapters."""
+    rows = batch(device)
+    with attention(model.get_base_model(), SEGMENTS):
+        expected = supervised_loss(model, rows)
+        expected.backward()
+        wanted = gradients(model)
+        model.zero_grad()
+        assert why_not_fused(model) == ""
+        engine = FusedEngine(model, checkpoint=checkpoint)
+        for _ in range(2):  # gradients of two micro-batches add up
+            got = engine.loss(rows)
+            got.backward()
+            engine.after_micro_batch()
+    assert got.item() == pytest.approx(expected.item(), rel=tolerance)
+    for name, gradient in gradients(model).items():
+        error = (gradient / 2 - wanted[name]).norm() / wanted[name].norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_loss_and_gradients_are_those_of_peft(family: str, checkpoint: bool) -> None:
+    compare(adapted(CONFIGS[family], dtype=torch.float32), checkpoint=checkpoint, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["k_proj", "o_proj", "down_proj"]},
+        {"rank_pattern": {"q_proj": 2, "up_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+        {"use_rslora": True},
+    ],
+)
+def test_some_layers_other_ranks_other_scales(lora: dict[str, Any], checkpoint: bool) -> None:
+    compare(adapted(CONFIGS["qwen2"], dtype=torch.float32, **lora), checkpoint=checkpoint, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_dropout_with_the_same_masks_is_that_of_peft(monkeypatch: pytest.MonkeyPatch, checkpoint: bool) -> None:
+    model = adapted(CONFIGS["llama"], dtype=torch.float32, lora_dropout=0.4)
+    seeds = iter(range(10**6))
+
+    class Dropped(nn.Dropout):
+        """Dropout from a seed of its own, one a module."""
+
+        def __init__(self, p: float) -> None:
+            super().__init__(p)
+            self.seed = next(seeds)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * drop(torch.ones_like(x[0]), self.p, self.seed)
+
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Dropped(0.4)
+    rows = batch()
+    order = [m for layer in model.get_base_model().model.layers for m in layer.modules() if hasattr(m, "lora_dropout")]
+    given = iter([m.lora_dropout["default"].seed for m in order] * 2)
+    monkeypatch.setattr(
+        fused_linear.torch, "randint", lambda _, shape: torch.tensor([next(given) for _ in range(shape[0])])
+    )
+    with attention(model.get_base_model(), SEGMENTS):
+        expected = supervised_loss(model, rows)
+        expected.backward()
+        wanted = gradients(model)
+        model.zero_grad()
+        engine = FusedEngine(model, checkpoint=checkpoint)
+        got = engine.loss(rows)
+        got.backward()
+        engine.after_micro_batch()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        assert (gradient - wanted[name]).norm() < 1e-4 * wanted[name].norm(), name
+
+
+def quantised(double_quant: bool, tmp_path: Any, device: str) -> Any:
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512})).to(
+        torch.bfloat16
+    ).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=settings, dtype=torch.bfloat16, device_map=device
+    )
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_an_nf4_base(tmp_path: Any, double_quant: bool) -> None:
+    model = with_adapters(quantised(double_quant, tmp_path, "cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(model, checkpoint=True, tolerance=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_on_a_gpu_in_float32(family: str, checkpoint: bool) -> None:
+    model = adapted(CONFIGS[family], dtype=torch.float32, device="cuda")
+    compare(model, checkpoint=checkpoint, tolerance=1e-3, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_an_nf4_base_on_a_gpu(tmp_path: Any, double_quant: bool) -> None:
+    model = with_adapters(quantised(double_quant, tmp_path, "cuda"))
+    with torch.autocast("cuda", torch.bfloat16):
+        compare(model, checkpoint=True, tolerance=3e-2, device="cuda")
+
+
+def test_chunks_of_the_loss_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "LOGITS_A_CHUNK", 97 * 7)
+    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16)
+    targets = torch.randint(97, (50,))
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    (wanted,) = torch.autograd.grad(3 * expected, hidden)
+    got = chunked_loss(hidden, weight, targets)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * got, hidden)[0], wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_loss(hidden, weight, targets), expected)
+
+
+def test_dropping_follows_from_its_seed() -> None:
+    x = torch.ones(1000, 10)
+    assert torch.equal(drop(x, 0.3, 7), drop(x, 0.3, 7))
+    assert not torch.equal(drop(x, 0.3, 7), drop(x, 0.3, 8))
+    assert drop(x, 0.3, 7).mean().item() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(drop(x, 0.3, 7).unique(), torch.tensor([0, 1 / 0.7]))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (lambda: AutoModelForCausalLM.from_config(CONFIGS["llama"]), "full fine-tuning"),
+        (lambda: with_adapters(AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2))), "gpt2"),
+        (lambda: adapted(CONFIGS["llama"], dtype=torch.float32, use_dora=True), "DoRA"),
+        (lambda: adapted(CONFIGS["llama"], dtype=torch.float16), "float16"),
+        (lambda: adapted(CONFIGS["llama"], target_modules=["q_proj", "embed_tokens"]), "embed_tokens has an adapter"),
+        (lambda: adapted(CONFIGS["llama"], modules_to_save=["lm_head"]), "the head"),
+    ],
+)
+def test_what_is_left_to_the_models_own_layers(model: Any, said: str) -> None:
+    assert said in why_not_fused(model())
