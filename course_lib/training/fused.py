@@ -260,7 +260,7 @@ def _forward_of(layer: nn.Module, fused: FusedLayer) -> Callable[..., torch.Tens
     def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         if not layer.training or arguments.get("cu_seq_lens_q") is None:
             return plain(hidden_states, **arguments)
-        edges = {name: arguments[name] for name in ("cu_seq_lens_q", "max_length_q")}
+        edges = {name: arguments.get(name) for name in ("cu_seq_lens_q", "max_length_q", "segments_alike")}
         return fused(hidden_states, arguments["position_embeddings"], edges)
 
     return forward

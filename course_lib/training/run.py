@@ -53,6 +53,9 @@ class Run:
     schedule: LRScheduler
     flat: bool  # rows without padding; else padded rectangles
     listeners: list[Listener] = field(default_factory=list)
+    shapes: set[tuple[int, int]] = field(
+        default_factory=set
+    )  # (examples, tokens of the first) of earlier micro-batches
 
     def emit(self, event: Event) -> None:
         """Tell every listener."""
@@ -62,11 +65,21 @@ class Run:
     def batch(self, examples: list) -> dict[str, Any]:
         """Tensors on the model's device. Labels stay on the CPU, where they are counted and chosen from. So do the segment
         edges where attention runs once a segment; they go along where it takes them itself: no layer waits for a copy."""
-        tensors = flatten(examples) if self.flat else pad(examples, pad_token_id=self.tokenizer.pad_token_id or 0)
         device = self.accelerator.device
+        if not self.flat:
+            padded = pad(examples, pad_token_id=self.tokenizer.pad_token_id or 0)
+            return {name: value if name == "labels" else to_device(value, device) for name, value in padded.items()}
+        lengths = [len(example.input_ids) for example in examples]
+        # where this very shape came before, attention may plan for it; a plan for each new shape would cost more than it saves
+        again = len({*lengths}) == 1 and (len(lengths), lengths[0]) in self.shapes
+        self.shapes.add((len(lengths), lengths[0]))
         takes_edges = device.type == "cuda" and self.accelerator.mixed_precision != "no"
         stays = ("max_", "labels") if takes_edges else ("max_", "labels", "cu_")
-        return {name: value if name.startswith(stays) else to_device(value, device) for name, value in tensors.items()}
+        tensors = {
+            name: value if name.startswith(stays) else to_device(value, device)
+            for name, value in flatten(examples).items()
+        }
+        return {**tensors, "segments_alike": again}
 
     @property
     def bare_model(self) -> Any:
