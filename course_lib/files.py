@@ -1,7 +1,7 @@
 """Reading text with errors that help, and writes that leave the old file whole when they fail.
 
-A write goes to a temporary name beside its target and is renamed over it only when complete
-(DESIGN invariant 9), so an interrupted run or a full disk never destroys what was there.
+A write goes to a temporary name beside its target and is renamed over it only when complete, so an interrupted run or a full
+disk never destroys what was there.
 """
 
 from __future__ import annotations

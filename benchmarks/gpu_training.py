@@ -1,0 +1,232 @@
+"""QLoRA and LoRA on one GPU: this library beside plain peft, on the same random 7B and the same token batches.
+
+    python benchmarks/gpu_training.py [--settings nf4:2:2048 nf4:4:2048:checkpoint …] [--steps 20] [--out benchmarks/results/gpu_training.json]
+
+The model has InternLM-7B's shape (a Llama of 32 layers, width 4096, intermediate 11008, vocabulary 103168, biases on q, k, v, o), random
+weights, and LoRA of rank 64 on all seven linear layers, in float32, stepped by 8-bit AdamW. A setting is
+number format : rows : tokens a row [: checkpoint]; all tokens are trained. Both sides start from the same weights and adapters.
+
+| side | what |
+|---|---|
+| ours | `training/fused.py` and the same step as the loop's |
+| peft | transformers' own layers and loss under bf16 autocast, SDPA, gradient checkpointing without reentry |
+
+The first 5 steps warm up. Peak memory is what PyTorch allocated in the timed steps. Model FLOPs count the frozen products forward and
+by the input backward, causal attention once forward and 2.5 times backward, and LoRA; nothing for recomputing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SHAPE = {
+    "vocab_size": 103168,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "attention_bias": True,
+    "max_position_embeddings": 4096,
+}
+RANK, WARM_UP = 64, 5
+SETTINGS = (
+    "nf4:2:2048",
+    "nf4:4:2048:checkpoint",
+    "bfloat16:2:2048",
+    "bfloat16:4:2048:checkpoint",
+    "nf4:1:512:checkpoint",
+    "nf4:1:2048:checkpoint",
+)
+
+
+def build(dtype: str) -> Any:
+    """The random model with adapters, on the GPU. NF4 weights are quantised layer by layer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"), no_init_weights():
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1) if "norm" in name else parameter.normal_(0, 0.02)
+    model.requires_grad_(False)
+    if dtype == "nf4":
+        quantise(model)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return model.train()
+
+
+def quantise(model: nn.Module) -> None:
+    """Put doubly quantised NF4 layers in the place of all linear ones but the head."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        new = Linear4bit(
+            module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.bfloat16,
+            quant_type="nf4", device="meta",
+        )  # fmt: skip
+        new.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to("cuda")
+        new.bias = module.bias
+        parent, child = name.rsplit(".", 1)
+        setattr(model.get_submodule(parent), child, new)
+
+
+def our_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One optimizer step as training/loop.py does it; returns [loss, grad norm] on the GPU."""
+    from bitsandbytes.optim import AdamW8bit
+
+    from course_lib.data.collate import flatten
+    from course_lib.data.tokenize import Example
+    from course_lib.training.attention import SEGMENTS
+    from course_lib.training.fused import FusedEngine
+    from course_lib.training.loss import to_device, trained_tokens
+
+    model.get_base_model().set_attn_implementation(SEGMENTS)
+    engine = FusedEngine(model, checkpoint=checkpoint)
+    optimizer = AdamW8bit(engine.trainable, lr=1e-4)
+    shapes = set()
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        batch = flatten([Example(row, row) for row in ids.tolist()])
+        on_gpu = {
+            name: value if name.startswith(("max_", "labels")) else to_device(value, torch.device("cuda"))
+            for name, value in batch.items()
+        }
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = engine.loss({**on_gpu, "segments_alike": ids.shape in shapes}) / trained_tokens(batch)
+        shapes.add(ids.shape)
+        loss.backward()
+        engine.after_micro_batch()
+        norm = nn.utils.clip_grad_norm_(engine.trainable, 1.0)
+        read = torch.stack([loss.detach(), norm])
+        read.tolist()  # as the loop does, once a step
+        optimizer.step()
+        engine.after_step()
+        optimizer.zero_grad(set_to_none=False)
+        return read
+
+    return step
+
+
+def peft_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same with autograd and transformers' own loss."""
+    from bitsandbytes.optim import AdamW8bit
+
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW8bit(trainable, lr=1e-4)
+    if checkpoint:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trainable, 1.0)
+        read = torch.stack([loss.detach(), norm])
+        read.tolist()
+        optimizer.step()
+        optimizer.zero_grad()
+        return read
+
+    return step
+
+
+def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
+    """Build, warm up, time; an out-of-memory is a result too."""
+    dtype, rows, length, *rest = setting.split(":")
+    generator = torch.Generator().manual_seed(5)
+    batches = [
+        torch.randint(0, SHAPE["vocab_size"], (int(rows), int(length)), generator=generator) for _ in range(steps)
+    ]
+    try:
+        step = {"ours": our_step, "peft": peft_step}[side](build(dtype), checkpoint=bool(rest))
+        read = [step(ids) for ids in batches[:WARM_UP]]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        read += [step(ids) for ids in batches[WARM_UP:]]
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError as error:
+        return {"error": str(error).splitlines()[0]}
+    seconds = (time.perf_counter() - start) / (steps - WARM_UP)
+    speed = batches[0].numel() / seconds
+    return {
+        "tokens_per_second": speed,
+        "model_tflops": speed * flops_a_token(int(length)) / 1e12,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "losses": [values[0].item() for values in read],
+        "smallest_grad_norm": min(values[1].item() for values in read),
+    }
+
+
+def flops_a_token(length: int) -> float:
+    """Model FLOPs of one trained token at this row length."""
+    width, inner, layers = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_hidden_layers"]
+    frozen = layers * (4 * width * width + 3 * width * inner) + width * SHAPE["vocab_size"]
+    lora = layers * RANK * (8 * width + 3 * (width + inner))
+    return 4 * frozen + 3.5 * 4 * width * length / 2 * layers + 6 * lora
+
+
+def main() -> None:
+    """Measure every setting on both sides, print the table, write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
+    parser.add_argument("--sides", nargs="+", default=["ours", "peft"], choices=["ours", "peft"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_training.json"))
+    arguments = parser.parse_args()
+    import bitsandbytes
+    import peft
+    import transformers
+
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": versions, "settings": {}}
+    print(f"{'setting':28} {'side':6} {'tokens/s':>9} {'TFLOP/s':>8} {'peak GB':>8} {'first loss':>10} {'last':>8}")
+    for setting in arguments.settings:
+        for side in arguments.sides:
+            found = result["settings"].setdefault(setting, {})[side] = measure(side, setting, arguments.steps)
+            gc.collect()
+            torch.cuda.empty_cache()
+            if "error" in found:
+                print(f"{setting:28} {side:6} {found['error']}", flush=True)
+                continue
+            print(
+                f"{setting:28} {side:6} {found['tokens_per_second']:9,.0f} {found['model_tflops']:8.0f} {found['peak_gb']:8.2f} "
+                f"{found['losses'][0]:10.4f} {found['losses'][-1]:8.4f}",
+                flush=True,
+            )
+        sides = result["settings"][setting]
+        if all("losses" in side for side in sides.values()) and len(sides) == 2:
+            pairs = zip(sides["ours"]["losses"], sides["peft"]["losses"], strict=True)
+            sides["largest_loss_difference"] = max(abs(one - other) for one, other in pairs)
+            print(f"{setting:28} losses differ by at most {sides['largest_loss_difference']:.4f}", flush=True)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
