@@ -24,7 +24,7 @@ test-fast: .venv/.dev
 
 notebooks: .venv/.dev
 	$(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.store_widget_state=False \
-	    --ExecutePreprocessor.timeout=900 notebooks/*.ipynb
+	    --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=900 notebooks/*.ipynb
 	$(BIN)/python -m jupyter nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
 
 lint: .venv/.dev

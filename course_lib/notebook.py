@@ -135,10 +135,10 @@ def draw_figures_inline() -> None:
 
 
 def figure_png(figure: Figure) -> bytes:
-    """Return a figure as PNG with at most 256 colours: a third of the bytes, and a notebook is committed with its figures."""
+    """Return a figure as PNG with at most 32 colours: a quarter of the bytes, and a notebook is committed with its figures."""
     from PIL import Image
 
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
