@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def course_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["COURSE_USER_HOME"] = os.environ.get("COURSE_HOME", "")
     os.environ["COURSE_HOME"] = str(home)
     return home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_reach_us() -> None:
+    """A shell starts background jobs with SIGINT ignored, and their children inherit it: Ctrl-C could not be tested there."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
