@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from course_lib.errors import InputError
+
 data_app = typer.Typer(no_args_is_help=True, help="Look into data files; convert and split them.")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -26,17 +28,26 @@ def check(
         str | None,
         typer.Option(help="whose tokenizer and template measure the rows; default: the dial's model, if it is here"),
     ] = None,
+    template: Annotated[
+        str, typer.Option(help="chat template that writes the rows; auto takes the model's own")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Account for every row: what fits, what does not and why, lengths, duplicates, languages."""
+    """Account for every row: what fits, what does not and why, lengths, duplicates, languages. Exit status 2 if none fits."""
     from course_lib.data.check import check_file
     from course_lib.data.preview import tokenizer_and_template
 
-    tokenizer, template = tokenizer_and_template(model)
-    result = check_file(file, row_format=row_format, tokenizer=tokenizer, template=template).as_dict()
+    tokenizer, chosen = tokenizer_and_template(model, template=template)
+    result = check_file(file, row_format=row_format, tokenizer=tokenizer, template=chosen).as_dict()
     if as_json:
         _print_json(result)
-        return
+    else:
+        _print_check(file, result)
+    if not result["kept"]:
+        raise InputError(f"{file}: no row fits")
+
+
+def _print_check(file: Path, result: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False, title=str(file), title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -58,19 +69,21 @@ def check(
     table.add_row(
         "languages", ", ".join(f"{language} {rows}" for language, rows in list(result["languages"].items())[:12])
     )
-    if tokens := result.get("tokens"):
+    tokens = result.get("tokens")
+    if tokens and tokens["rows"]:
+        part = "" if tokens["rows"] == result["kept"] else f"of {tokens['rows']} of {result['kept']} rows: "
         table.add_row(
             "tokens",
-            f"{tokens['total']:,}, trained {tokens['trained_share']:.0%}; a row: {tokens['shortest']} to {tokens['longest']}, median {tokens['median']}",
+            f"{part}{tokens['total']:,}, trained {tokens['trained_share']:.0%}; a row: {tokens['shortest']} to {tokens['longest']}, median {tokens['median']}",
         )
         most = max(tokens["histogram"].values(), default=1)
         for span, rows in tokens["histogram"].items():
             table.add_row(f"  {span}", f"{'█' * round(40 * rows / most) or '▏'} {rows}")
     else:
-        table.add_row(
-            "tokens",
-            "not measured: the dial's model is not on this machine (course models fetch), or name one with --model",
-        )
+        why = "this template can write no row; name another with --template"
+        if tokens is None:
+            why = "the dial's model is not on this machine (course models fetch), or name one with --model"
+        table.add_row("tokens", f"not measured: {why}")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
@@ -82,7 +95,7 @@ def preview(
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is trained: bold and underlined tokens count in the loss, the others are only read."""
+    """Show what is trained: bold and underlined in a terminal, in brackets elsewhere; all other tokens are only read."""
     from course_lib.data.preview import preview_recipe
     from course_lib.recipe import load_recipe
 
@@ -97,7 +110,7 @@ def preview(
         console.rule(
             f"{'pack' if packed else 'row'} {index}: {len(row['input_ids'])} tokens, {trained} trained", align="left"
         )
-        console.print(shown.text(row))
+        console.print(shown.text(row, brackets=not console.is_terminal or console.no_color))
     print(shown.summary, file=sys.stderr)
 
 

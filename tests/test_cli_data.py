@@ -145,3 +145,44 @@ def test_real_files_are_accounted_for(
     assert report["kept"] + sum(report["dropped"].values()) == rows
     if row_format == "guanaco":
         assert report["multi_turn_rows"] == 353
+
+
+def test_a_preview_without_colours_still_tells_what_is_trained(course: Callable, tmp_path: Path) -> None:
+    rows = [
+        [{"role": "user", "content": f"say <|im_end|> {n}"}, {"role": "assistant", "content": f"a{n}"}]
+        for n in range(8)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    settings = ("--set", "data.path=rows.jsonl", "--set", "data.format=auto", "--set", "data.held_out=0")
+    recipe = ("smollm2_135m_lora_alpaca_512_e1", "--set", "model.name=tiny", *settings)
+    shown = course("data", "preview", *recipe, "-n", "1").stdout
+    assert "say <|im_end|> 0◆<|im_end|>" in shown  # what the user typed is text, the end of the turn a token
+    assert "⟦a0◆<|im_end|>⟧" in shown
+    packs = course("data", "preview", *recipe, "--packed", "-n", "1").stdout
+    assert packs.count("┆ sample ") > 1
+    cut = course(
+        "data", "preview", *recipe, "--packed", "--set", "data.packing=concat", "--set", "data.max_length=200"
+    ).stdout
+    assert "tokens 1 to " in cut
+
+
+def test_check_fails_where_no_row_fits(course: Callable, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"instruction": 3, "output": "a"}]')
+    result = course("data", "check", "rows.json")
+    assert result.returncode == 2
+    assert "no row fits" in result.stderr
+    assert "'instruction' is a number" in result.stdout
+    as_json = course("data", "check", "rows.json", "--json")
+    assert (as_json.returncode, json.loads(as_json.stdout)["kept"]) == (2, 0)
+
+
+def test_check_says_how_many_rows_were_measured(course: Callable, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns}, {"messages": turns, "tools": [tool]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "of 1 of 2 rows" in course("data", "check", "rows.jsonl", "--model", "tiny").stdout
+    (tmp_path / "tools.jsonl").write_text(json.dumps(rows[1]))
+    assert "can write no row" in course("data", "check", "tools.jsonl", "--model", "tiny").stdout
+    measured = course("data", "check", "tools.jsonl", "--model", "tiny", "--template", "qwen_chat", "--json")
+    assert json.loads(measured.stdout)["tokens"]["rows"] == 1

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from course_lib.data.templates import ChatTemplate
 
+LETTERS_TO_TELL = 24
 _LANGUAGE_SAMPLE = 600  # characters a language is told by
 
 
@@ -68,6 +69,7 @@ class FileCheck:
             lengths = sorted(self.token_lengths)
             total = sum(lengths)
             result["tokens"] = {
+                "rows": len(lengths),
                 "total": total,
                 "trained": self.trained_tokens,
                 "trained_share": round(self.trained_tokens / total, 4) if total else 0.0,
@@ -156,10 +158,18 @@ def _look_at(conversation: Conversation, check: FileCheck) -> None:
 
 
 def language_of(text: str) -> str:
-    """The ISO 639-1 code of the language a text is most likely written in, by langid (Lui & Baldwin 2012); `und` without letters."""
+    """The ISO 639-1 code of the language a text is most likely written in, by langid (Lui & Baldwin 2012).
+
+    `und` for texts too short to tell: a few words of English look like many languages.
+    """
     import py3langid
 
-    return py3langid.classify(text)[0] if any(character.isalpha() for character in text) else "und"
+    # an ideograph or a syllable says more than a letter, and a letter of a script that few languages use more than a Latin one
+    weights = (
+        4 if character >= "\u2e80" else 1 if character < "\u0250" else 2 for character in text if character.isalpha()
+    )
+    letters = sum(weights)
+    return py3langid.classify(text)[0] if letters >= LETTERS_TO_TELL else "und"
 
 
 def _human_text(conversation: Conversation) -> str:

@@ -119,7 +119,7 @@ def check_text(value: Any, where: str) -> str:
         RowError: something else than text, or a lone surrogate (which one and where).
     """
     if not isinstance(value, str):
-        raise RowError(f"{where} is {type(value).__name__}, not text: {shown(value)}")
+        raise RowError(f"{where} is {json_type(value)}, not text: {shown(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -131,6 +131,14 @@ def check_text(value: Any, where: str) -> str:
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlist, _short.maxdict = 1, 60, 60, 4, 4
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value of this kind, for messages to people who wrote JSON and not Python."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {bool: "true or false", str: "text", dict: "an object", list: "an array"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def shown(value: Any) -> str:
@@ -149,7 +157,7 @@ def _says_something(message: Message) -> bool:
 def _check_message(message: Any, number: int) -> None:
     if not isinstance(message, Mapping):
         raise RowError(
-            f"message {number} is {type(message).__name__}, not an object with role and content: {shown(message)}"
+            f"message {number} is {json_type(message)}, not an object with role and content: {shown(message)}"
         )
     role = message.get("role")
     if role not in ROLES:
@@ -172,7 +180,7 @@ def _check_tool_calls(calls: Any, role: str, where: str) -> None:
     if role != "assistant":
         raise RowError(f"{where}: tool_calls on a {role} turn; only the assistant calls tools")
     if not isinstance(calls, list):
-        raise RowError(f"{where}: tool_calls is {type(calls).__name__}, not a list: {shown(calls)}")
+        raise RowError(f"{where}: tool_calls is {json_type(calls)}, not a list: {shown(calls)}")
     for number, call in enumerate(calls, start=1):
         here = f"{where}: tool call {number}"
         function = _function_of(call, here)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from course_lib.data.conversation import Conversation, RowError, shown
+from course_lib.data.conversation import Conversation, RowError, json_type, shown
 from course_lib.data.formats_chat import from_messages, from_sharegpt
 from course_lib.data.formats_fields import Row, key_names
 from course_lib.data.formats_instruction import (
@@ -68,7 +68,7 @@ def detect_format(row: Any) -> str:
         RowError: no known format has these keys.
     """
     if not isinstance(row, Mapping):
-        raise RowError(f"row is {type(row).__name__}, not an object: {shown(row)}")
+        raise RowError(f"row is {json_type(row)}, not an object: {shown(row)}")
     for name, row_format in FORMATS.items():
         if row_format.has_keys(row) and row_format.fits(row):
             return name

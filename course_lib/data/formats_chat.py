@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from course_lib.data.conversation import ROLES, Conversation, Message, RowError, conversation, shown
+from course_lib.data.conversation import ROLES, Conversation, Message, RowError, conversation, json_type, shown
 from course_lib.data.formats_fields import (
     Row,
     list_field,
@@ -77,7 +77,7 @@ def _join_parts(parts: list[Any], where: str) -> str:
     texts = []
     for number, part in enumerate(parts, start=1):
         if not isinstance(part, Mapping):
-            raise RowError(f"{where}: content is list, and its part {number} is no object: {shown(part)}")
+            raise RowError(f"{where}: content is an array, and its part {number} is no object: {shown(part)}")
         if part.get("type") != "text":
             raise RowError(f"{where}: content part {number} is {shown(part.get('type'))}: only text can be trained on")
         texts.append(text_field(part, "text", f"{where}: content part {number}"))
@@ -119,7 +119,7 @@ def from_sharegpt(row: Row, notes: list[str]) -> Conversation:
 
 def _read_turn(turn: Any, number: int, notes: list[str]) -> Message:
     if not isinstance(turn, Mapping):
-        raise RowError(f"turn {number} is {type(turn).__name__}, not an object with from and value: {shown(turn)}")
+        raise RowError(f"turn {number} is {json_type(turn)}, not an object with from and value: {shown(turn)}")
     who, what = ("from", "value") if "from" in turn or "role" not in turn else ("role", "content")
     speaker = turn.get(who)
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:

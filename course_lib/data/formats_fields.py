@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from course_lib.data.conversation import Message, RowError, check_text, shown
+from course_lib.data.conversation import Message, RowError, check_text, json_type, shown
 
 Row = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def list_field(row: Row, key: str, of: str) -> list[Any]:
     """
     value = row[key]
     if not isinstance(value, list):
-        raise RowError(f"{key} is {type(value).__name__}, not a list of {of}: {shown(value)}")
+        raise RowError(f"{key} is {json_type(value)}, not a list of {of}: {shown(value)}")
     return value
 
 

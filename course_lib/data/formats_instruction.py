@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from course_lib.data.conversation import Conversation, Message, RowError, conversation, shown
+from course_lib.data.conversation import Conversation, Message, RowError, conversation, json_type, shown
 from course_lib.data.formats_chat import read_messages
 from course_lib.data.formats_fields import (
     Row,
@@ -86,7 +86,7 @@ def from_xtuner(row: Row, notes: list[str]) -> Conversation:
     for number, turn in enumerate(turns, start=1):
         where = f"turn {number}"
         if not isinstance(turn, Mapping):
-            raise RowError(f"{where} is {type(turn).__name__}, not an object with input and output: {shown(turn)}")
+            raise RowError(f"{where} is {json_type(turn)}, not an object with input and output: {shown(turn)}")
         system = optional_text_field(turn, "system", where)
         if not messages:
             first_system = system

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from course_lib.data.conversation import Conversation, Message, RowError, conversation, shown
+from course_lib.data.conversation import Conversation, Message, RowError, conversation, json_type, shown
 from course_lib.data.formats_fields import Row, leave_off_unanswered, text_field
 
 _ROLE_OF = {"prompter": "user", "assistant": "assistant"}
@@ -35,7 +35,7 @@ def from_oasst(row: Row, notes: list[str]) -> Conversation:
         )
     node = row["prompt"]
     if not isinstance(node, Mapping):
-        raise RowError(f"prompt is {type(node).__name__}, not a message: {shown(node)}")
+        raise RowError(f"prompt is {json_type(node)}, not a message: {shown(node)}")
     if not _usable(node):
         raise RowError("the prompt is deleted or did not pass review")
     messages: list[Message] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from course_lib.data.conversation import RowError, Tool, ToolCall, shown
+from course_lib.data.conversation import RowError, Tool, ToolCall, json_type, shown
 from course_lib.data.formats_fields import Row, note_left_out
 from course_lib.data.readers_json import read_json_text
 
@@ -42,7 +42,7 @@ def read_tools(value: Any, where: str, notes: list[str]) -> list[Tool]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
-        raise RowError(f"{where} is {type(value).__name__}, not a list of function schemas: {shown(value)}")
+        raise RowError(f"{where} is {json_type(value)}, not a list of function schemas: {shown(value)}")
     return [_read_tool(tool) for tool in value]
 
 
@@ -70,16 +70,16 @@ def read_tool_calls(value: Any, where: str, notes: list[str]) -> list[ToolCall]:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list):
-        raise RowError(f"{where} is {type(value).__name__}, not a list of calls: {shown(value)}")
+        raise RowError(f"{where} is {json_type(value)}, not a list of calls: {shown(value)}")
     return [_read_tool_call(call, f"{where}, call {number}", notes) for number, call in enumerate(value, start=1)]
 
 
 def _read_tool_call(call: Any, where: str, notes: list[str]) -> Any:
     if not isinstance(call, Mapping):
-        raise RowError(f"{where} is {type(call).__name__}, not an object: {shown(call)}")
+        raise RowError(f"{where} is {json_type(call)}, not an object: {shown(call)}")
     function = call.get("function", call)
     if not isinstance(function, Mapping):
-        raise RowError(f"{where}: function is {type(function).__name__}, not an object: {shown(function)}")
+        raise RowError(f"{where}: function is {json_type(function)}, not an object: {shown(function)}")
     note_left_out(function, ("id", "type", "name", "arguments"), notes)
     arguments = function.get("arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):

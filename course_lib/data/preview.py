@@ -27,26 +27,51 @@ class Preview:
     summary: str
     tokenizer: PreTrainedTokenizerBase
 
-    def text(self, row: dict[str, Any]) -> Text:
-        """The row for a terminal: trained tokens bold, green and underlined, the others dim."""
+    def text(self, row: dict[str, Any], *, brackets: bool = False) -> Text:
+        """The row for a terminal: trained tokens bold, green and underlined, the others dim.
+
+        A special token has a ◆ before it: the same letters in somebody's text have none. A sample of a pack begins with its
+        number.
+
+        Args:
+            brackets: put trained tokens in ⟦ ⟧, for where colours are not seen.
+        """
         from rich.text import Text
 
-        shown = Text()
-        pieces: list[tuple[bool, list[int]]] = []
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            trained = label != IGNORE_INDEX
-            if not pieces or pieces[-1][0] != trained:
-                pieces.append((trained, []))
-            pieces[-1][1].append(token)
-        for trained, tokens in pieces:
-            shown.append(self.tokenizer.decode(tokens), style="bold underline green" if trained else "dim")
+        shown, pieces = Text(), []  # pieces: (trained, special, ids)
+        starts = dict(_sample_starts(row))
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
+            kind = (label != IGNORE_INDEX, token in special)
+            if position in starts or not pieces or pieces[-1][:2] != kind or kind[1]:
+                pieces.append((*kind, [], starts.get(position, "")))
+            pieces[-1][2].append(token)
+        for number, (trained, is_special, tokens, start) in enumerate(pieces):
+            shown.append(f"{'' if number == 0 else chr(10)}┆ {start} ┆ ", style="cyan") if start else None
+            opens = trained and (number == 0 or start or not pieces[number - 1][0])
+            closes = trained and (number + 1 == len(pieces) or pieces[number + 1][3] or not pieces[number + 1][0])
+            text = ("◆" if is_special else "") + self.tokenizer.decode(tokens)
+            text = ("⟦" if brackets and opens else "") + text + ("⟧" if brackets and closes else "")
+            shown.append(text, style="bold underline green" if trained else "dim")
         return shown
+
+
+def _sample_starts(row: dict[str, Any]) -> list[tuple[int, str]]:
+    """Where the samples of a pack begin, each with its number and where it was cut; nothing for a row."""
+    starts, position = [], 0
+    for sample in row.get("samples", []):
+        name = f"sample {sample['sample'] + 1}"
+        if sample["length"] < sample["of"]:
+            name += f", tokens {sample['start'] + 1} to {sample['start'] + sample['length']} of {sample['of']}"
+        starts.append((position, name))
+        position += sample["length"]
+    return starts
 
 
 def preview_recipe(recipe: Recipe, *, number: int = 3, packed: bool = False) -> Preview:
     """Tokenise a recipe's rows and take the first `number` rows, or packs.
 
-    Each row has `text`, `input_ids`, `labels`; a pack also `position_ids` and `cu_seqlens`.
+    Each row has `text`, `input_ids`, `labels`; a pack also `position_ids`, `cu_seqlens` and `samples`.
 
     Raises:
         InputError: the recipe's data does not fit, or `number` is below 1.
@@ -81,6 +106,10 @@ def preview_recipe(recipe: Recipe, *, number: int = 3, packed: bool = False) -> 
                 "labels": batch["labels"][0].tolist(),
                 "position_ids": batch["position_ids"][0].tolist(),
                 "cu_seqlens": batch["cu_seq_lens_q"].tolist(),
+                "samples": [
+                    {"sample": example, "start": start, "length": length, "of": int(plan.lengths[example])}
+                    for example, start, length in plan[pack]
+                ],
             }
         )
     return Preview(rows, f"{dataset.report.summary()}; {len(plan)} packs", tokenizer)

@@ -68,7 +68,7 @@ def test_flat_oasst_messages_become_trees_and_none_is_lost() -> None:
         (oasst("q", "prompter"), "no output"),
         (oasst("q", "bot"), "unknown role 'bot'"),
         ({**TREE, "replies": {}}, "replies is not a list"),
-        ("q", "prompt is str, not a message: 'q'"),
+        ("q", "prompt is text, not a message: 'q'"),
     ],
 )
 def test_trees_that_do_not_fit_say_why(prompt: Any, said: str) -> None:
