@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -148,6 +149,10 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
     Raises:
         InputError: the recipe, its model or its data do not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "WORLD_SIZE is above 1: training by several processes is not there yet; start one, without torchrun"
+        )
     set_seed(recipe.training.seed)
     settings = recipe.model
     base_folder = model_folder(settings.name)
