@@ -119,7 +119,6 @@ def our_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.
             loss = engine.loss({**on_gpu, "segments_alike": ids.shape in shapes}) / trained_tokens(batch)
         shapes.add(ids.shape)
         loss.backward()
-        engine.after_micro_batch()
         norm = nn.utils.clip_grad_norm_(engine.trainable, 1.0)
         read = torch.stack([loss.detach(), norm])
         read.tolist()  # as the loop does, once a step

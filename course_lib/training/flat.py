@@ -14,13 +14,12 @@ from torch import nn
 
 
 class FlatParameter:
-    """Trainable tensors laid end to end, with what the fused layers compute with and write to.
+    """Trainable tensors laid end to end, with what the fused layers compute with and add gradients to.
 
     Attributes:
         master: what the optimizer steps; `master.grad` holds the gradient of the whole step. Each given parameter's data
             and grad are slices of the two.
         compute: the same values in the type the model computes in; `refresh()` brings them up to date after a step.
-        micro_grad: the gradient of one micro-batch, in the same type; `fold()` adds it to `master.grad`.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, compute_dtype: torch.dtype) -> None:
@@ -29,7 +28,6 @@ class FlatParameter:
         self.master.grad = torch.zeros_like(self.master)
         self.shadowed = first.dtype != compute_dtype
         self.compute = self.master.detach().to(compute_dtype)  # the very tensor where types are alike
-        self.micro_grad = torch.zeros_like(self.compute)
         self._slices: dict[int, slice] = {}
         start = 0
         for parameter in parameters:
@@ -43,13 +41,8 @@ class FlatParameter:
         if self.shadowed:
             self.compute.copy_(self.master.detach())
 
-    def fold(self) -> None:
-        """Add the micro-batch's gradient to the step's."""
-        assert self.master.grad is not None
-        self.master.grad.add_(self.micro_grad)
-
     def views(self, parameters: Sequence[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slices of `compute` and `micro_grad` for parameters that stand next to one another and have equal width.
+        """Slices of `compute` and of `master.grad` for parameters that stand next to one another and have equal width.
 
         Returns:
             Both of shape (sum of their rows, width).
@@ -57,4 +50,5 @@ class FlatParameter:
         parts = [self._slices[id(parameter)] for parameter in parameters]
         assert all(one.stop == other.start for one, other in pairwise(parts))
         span, width = slice(parts[0].start, parts[-1].stop), parameters[0].shape[1]
-        return self.compute[span].view(-1, width), self.micro_grad[span].view(-1, width)
+        assert self.master.grad is not None
+        return self.compute[span].view(-1, width), self.master.grad[span].view(-1, width)

@@ -107,7 +107,7 @@ class FusedLayer:
     def backward(
         self, grad: torch.Tensor, kept: _Kept, cos: torch.Tensor, sin: torch.Tensor, *, need_input: bool
     ) -> torch.Tensor | None:
-        """Write the adapters' gradients and return the input's, shape (T, width)."""
+        """Add the adapters' gradients to what is there and return the input's, shape (T, width)."""
         saved_qkv, saved_o, saved_gate_up, saved_down = kept.linears
         norm, middle_norm = self.norms
         hidden, t = self.down.backward_input(grad, saved_down)
@@ -212,11 +212,6 @@ class FusedEngine:
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state[0]
         positions, targets = trained_positions(batch)
         return chunked_loss(hidden[positions], self.model.lm_head.weight, targets[0])
-
-    def after_micro_batch(self) -> None:
-        """Add the micro-batch's gradients to the step's."""
-        for flat in self.flat:
-            flat.fold()
 
     def after_step(self) -> None:
         """Let the layers compute with what the optimizer, or a checkpoint, made."""

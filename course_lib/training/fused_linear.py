@@ -43,7 +43,7 @@ class Saved:
 
 
 class FusedLinears:
-    """A group of peft linear layers, such as q, k and v. Gradients are written to the flat parameters, not returned."""
+    """A group of peft linear layers, such as q, k and v. Gradients are added to the flat parameters', not returned."""
 
     def __init__(self, layers: Sequence[nn.Module], flat_a: FlatParameter, flat_b: FlatParameter) -> None:
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
@@ -100,7 +100,7 @@ class FusedLinears:
         return Saved(ax, seeds)
 
     def backward(self, grad: torch.Tensor, saved: Saved, x: torch.Tensor) -> torch.Tensor:
-        """Write the adapters' gradients; return that of the input, shape (rows, inputs).
+        """Add the adapters' gradients; return that of the input, shape (rows, inputs).
 
         Args:
             grad: shape (rows, sum of outputs).
@@ -122,16 +122,16 @@ class FusedLinears:
         return by_x, t
 
     def backward_adapters(self, grad: torch.Tensor, saved: Saved, x: torch.Tensor, t: torch.Tensor | None) -> None:
-        """Write the gradients of A and B."""
+        """Add the gradients of A and B to what is there."""
         if t is None or saved.ax is None:
             return
         if self.joint:
-            torch.mm(t.t(), x, out=self.grad_a)
+            _add_product(self.grad_a, t.t(), x)
         for number, adapter in enumerate(self.adapters):
-            torch.mm(grad[:, adapter.outputs].t(), saved.ax[:, adapter.ranks], out=adapter.grad_b)
+            _add_product(adapter.grad_b, grad[:, adapter.outputs].t(), saved.ax[:, adapter.ranks])
             if not self.joint:
                 dropped = drop(x, adapter.dropout, saved.seeds[number])
-                torch.mm(t[:, adapter.ranks].t(), dropped, out=adapter.grad_a)
+                _add_product(adapter.grad_a, t[:, adapter.ranks].t(), dropped)
 
     def t(self, grad: torch.Tensor) -> torch.Tensor | None:
         """s · Bᵀ dy of every adapter, shape (rows, ranks)."""
@@ -143,6 +143,14 @@ class FusedLinears:
             if not self.joint:
                 t[:, adapter.ranks].mul_(adapter.scaling)
         return t.mul_(self.adapters[0].scaling) if self.joint else t
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; the sum is kept in the total's type, which may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
 
 
 def drop(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:

@@ -125,7 +125,6 @@ def _step(run: Run, step: int) -> StepDone:
         with accelerator.autocast():
             loss = run.engine.loss(batch) / total_trained
         accelerator.backward(loss)
-        run.engine.after_micro_batch()
         losses.append(loss.detach())
     norm = accelerator.clip_grad_norm_(run.engine.trainable, settings.max_grad_norm)
     # read together, once a step: each reading waits for the GPU

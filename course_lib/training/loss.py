@@ -103,9 +103,6 @@ class PlainEngine:
         """`supervised_loss` of the model."""
         return supervised_loss(self.model, batch)
 
-    def after_micro_batch(self) -> None:
-        """Nothing: autograd adds up the gradients."""
-
     def after_step(self) -> None:
         """Nothing: the layers compute with what the optimizer steps."""
 

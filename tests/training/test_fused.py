@@ -89,7 +89,6 @@ def compare(model: Any, *, checkpoint: bool, tolerance: float, device: str = "cp
         for _ in range(2):  # gradients of two micro-batches add up
             got = engine.loss(rows)
             got.backward()
-            engine.after_micro_batch()
     assert got.item() == pytest.approx(expected.item(), rel=tolerance)
     for name, gradient in gradients(model).items():
         error = (gradient / 2 - wanted[name]).norm() / wanted[name].norm()
@@ -148,7 +147,6 @@ def test_dropout_with_the_same_masks_is_that_of_peft(monkeypatch: pytest.MonkeyP
         engine = FusedEngine(model, checkpoint=checkpoint)
         got = engine.loss(rows)
         got.backward()
-        engine.after_micro_batch()
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, gradient in gradients(model).items():
         assert (gradient - wanted[name]).norm() < 1e-4 * wanted[name].norm(), name
@@ -189,7 +187,6 @@ def assert_nf4_as_exact_as_peft(tmp_path: Any, double_quant: bool, device: str) 
             model.zero_grad()
             engine = FusedEngine(model, checkpoint=True)
             engine.loss(rows).backward()
-            engine.after_micro_batch()
 
     def error(got: dict[str, torch.Tensor]) -> float:
         return sum(((got[name] - wanted[name]).norm() / wanted[name].norm()).item() for name in wanted) / len(wanted)
