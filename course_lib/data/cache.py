@@ -27,7 +27,7 @@ ROWS_A_PROCESS = 5_000  # fewer are done before a second process has started
 ROWS_OF_A_BAR = 20_000  # fewer are done before a progress bar is read
 
 
-def content_key(*parts: str | bytes | Path) -> str:
+def content_key(*parts: str | Path) -> str:
     """Digest of texts, the contents of files, and this package's data code with the libraries it calls.
 
     Raises:
@@ -39,7 +39,7 @@ def content_key(*parts: str | bytes | Path) -> str:
             with part.open("rb") as file:
                 inner = hashlib.file_digest(file, "sha256").digest()
         else:
-            inner = hashlib.sha256(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part).digest()
+            inner = hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest()
         digest.update(inner)
     return digest.hexdigest()[:32]
 

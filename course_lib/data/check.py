@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.data.conversation import Conversation, RowError
-from course_lib.data.formats import assemble_rows, check_format_name, detect_format, iter_rows, to_conversation
+from course_lib.data.formats import check_format_name, converted_rows, detect_format, iter_rows
 from course_lib.data.near_duplicates import NearDuplicates
 from course_lib.data.report import DataReport
 from course_lib.data.tokenize import encode_conversation
@@ -97,7 +97,7 @@ def check_file(
     check = FileCheck(path=str(path), report=DataReport(), token_lengths=[] if tokenizer else None)
     near = NearDuplicates()
     seen: set[int] = set()
-    rows = assemble_rows(iter_rows(path, note=check.report.note), row_format=row_format)
+    rows = iter_rows(path, note=check.report.note)
     for number, conversation in _kept_rows(rows, row_format, check):
         if tokenizer is not None and template is not None and check.token_lengths is not None:
             try:
@@ -131,19 +131,15 @@ def length_histogram(lengths: list[int]) -> dict[str, int]:
 def _kept_rows(
     rows: Iterator[tuple[int, Any]], row_format: str, check: FileCheck
 ) -> Iterator[tuple[int, Conversation]]:
-    for number, row in rows:
+    for number, row, outcome, notes in converted_rows(rows, row_format=row_format):
         check.report.read += 1
-        notes: list[str] = []
-        try:
-            conversation = to_conversation(row, row_format=row_format, notes=notes)
-            check.formats[detect_format(row) if row_format == "auto" else row_format] += 1
-        except RowError as reason:
-            check.report.drop(number, str(reason))
+        for note in notes:
+            check.report.note(number, note)
+        if isinstance(outcome, RowError):
+            check.report.drop(number, str(outcome))
             continue
-        finally:
-            for note in notes:
-                check.report.note(number, note)
-        yield number, conversation
+        check.formats[detect_format(row) if row_format == "auto" else row_format] += 1
+        yield number, outcome
 
 
 def _look_at(conversation: Conversation, check: FileCheck) -> None:

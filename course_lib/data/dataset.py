@@ -20,7 +20,7 @@ import numpy as np
 from course_lib.data.cache import content_key, map_rows, rows_from, tokenizer_key
 from course_lib.data.conversation import Conversation, RowError
 from course_lib.data.examples import Examples
-from course_lib.data.formats import assemble_rows, check_format_name, iter_rows, to_conversation
+from course_lib.data.formats import check_format_name, converted_rows, iter_rows
 from course_lib.data.identity import identity_conversations
 from course_lib.data.report import DataReport
 from course_lib.data.sources import locate
@@ -137,16 +137,13 @@ def _file_rows(path: Path, settings: DataSettings) -> Iterator[dict[str, Any]]:
     """Yield every row of a file as `_ROW_COLUMNS`."""
     noted: defaultdict[int, list[str]] = defaultdict(list)
     rows = iter_rows(path, note=lambda number, text: noted[number].append(text))
-    for number, row in islice(assemble_rows(rows, row_format=settings.format), settings.max_rows):
-        notes: list[str] = []
-        try:
-            conversation = to_conversation(row, row_format=settings.format, notes=notes)
-        except RowError as reason:
-            if settings.on_bad_row == "error":
-                raise _bad_row(path, number, str(reason)) from None
-            yield _row(number, dropped=str(reason), notes=noted.pop(number, []))
+    for number, _, outcome, notes in islice(converted_rows(rows, row_format=settings.format), settings.max_rows):
+        if not isinstance(outcome, RowError):
+            yield _row(number, conversation=outcome, notes=noted.pop(number, []) + notes)
+        elif settings.on_bad_row == "error":
+            raise _bad_row(path, number, str(outcome))
         else:
-            yield _row(number, conversation=conversation, notes=noted.pop(number, []) + notes)
+            yield _row(number, dropped=str(outcome), notes=noted.pop(number, []))
     for number, notes in noted.items():
         yield _row(number, notes=notes)
 

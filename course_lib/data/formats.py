@@ -97,6 +97,19 @@ def assemble_rows(rows: Iterable[tuple[int, Any]], *, row_format: str = "auto") 
     return assemble_trees(rows) if row_format in ("auto", "oasst") else iter(rows)
 
 
+def converted_rows(
+    rows: Iterable[tuple[int, Any]], *, row_format: str = "auto"
+) -> Iterator[tuple[int, Any, Conversation | RowError, list[str]]]:
+    """Take the numbered rows of a file to conversations: (number, row, conversation or why it is none, notes)."""
+    for number, row in assemble_rows(rows, row_format=row_format):
+        notes: list[str] = []
+        try:
+            outcome: Conversation | RowError = to_conversation(row, row_format=row_format, notes=notes)
+        except RowError as reason:
+            outcome = reason
+        yield number, row, outcome, notes
+
+
 def to_conversation(row: Any, *, row_format: str = "auto", notes: list[str] | None = None) -> Conversation:
     """Turn one row into a conversation.
 

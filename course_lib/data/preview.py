@@ -38,7 +38,8 @@ class Preview:
         """
         from rich.text import Text
 
-        shown, pieces = Text(), []  # pieces: (trained, special, ids)
+        shown = Text()
+        pieces: list[tuple[bool, bool, list[int], str]] = []  # trained, special, ids, sample that begins here
         starts = dict(_sample_starts(row))
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
         for position, (token, label) in enumerate(zip(row["input_ids"], row["labels"], strict=True)):
@@ -47,7 +48,8 @@ class Preview:
                 pieces.append((*kind, [], starts.get(position, "")))
             pieces[-1][2].append(token)
         for number, (trained, is_special, tokens, start) in enumerate(pieces):
-            shown.append(f"{'' if number == 0 else chr(10)}┆ {start} ┆ ", style="cyan") if start else None
+            if start:
+                shown.append(f"{chr(10) if number else ''}┆ {start} ┆ ", style="cyan")
             opens = trained and (number == 0 or start or not pieces[number - 1][0])
             closes = trained and (number + 1 == len(pieces) or pieces[number + 1][3] or not pieces[number + 1][0])
             text = ("◆" if is_special else "") + self.tokenizer.decode(tokens)

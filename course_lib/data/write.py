@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from course_lib.data.conversation import Conversation, RowError
-from course_lib.data.formats import assemble_rows, check_format_name, iter_rows, to_conversation
+from course_lib.data.formats import check_format_name, converted_rows, iter_rows
 from course_lib.data.report import DataReport
 from course_lib.errors import InputError, did_you_mean
 from course_lib.files import atomic_file, file_to_write
@@ -31,7 +31,7 @@ def convert_file(
         raise InputError(f"form {to!r} is unknown: choose {' or '.join(OUTPUT_FORMS)}{did_you_mean(to, OUTPUT_FORMS)}")
     target = file_to_write(target, overwrite=False)
     report = DataReport()
-    rows = (row if to == "messages" else to_xtuner(row) for _, row in _conversations(source, row_format, report, to))
+    rows = (row for _, row in _rows_in_form(source, row_format, report, to))
     _write_rows(target, rows, as_array=to == "xtuner")
     if not report.kept:
         target.unlink()
@@ -97,7 +97,7 @@ def split_file(
     report = DataReport()
     key_of = _question_key if group_by == "question" else _field_key(group_by)
     groups: dict[str, list[Conversation]] = defaultdict(list)
-    for raw, row in _conversations(source, row_format, report, "messages"):
+    for raw, row in _rows_in_form(source, row_format, report):
         groups[key_of(raw, row)].append(row)
     if len(groups) < 2:
         raise InputError(
@@ -140,18 +140,18 @@ def _field_key(name: str) -> Callable[[Any, Conversation], str]:
     return key
 
 
-def _conversations(
-    source: str | Path, row_format: str, report: DataReport, to: str
-) -> Iterator[tuple[Any, Conversation]]:
-    """(row as it stands in the file, conversation) of every row that fits; the others are counted in the report."""
+def _rows_in_form(
+    source: str | Path, row_format: str, report: DataReport, to: str = "messages"
+) -> Iterator[tuple[Any, Any]]:
+    """(row as it stands in the file, row in the form) of every row that fits; the others are counted in the report."""
     check_format_name(row_format)
-    for number, raw in assemble_rows(iter_rows(source, note=report.note), row_format=row_format):
+    rows = iter_rows(source, note=report.note)
+    for number, raw, outcome, notes in converted_rows(rows, row_format=row_format):
         report.read += 1
-        notes: list[str] = []
         try:
-            row = to_conversation(raw, row_format=row_format, notes=notes)
-            if to == "xtuner":
-                to_xtuner(row)
+            if isinstance(outcome, RowError):
+                raise outcome
+            row = outcome if to == "messages" else to_xtuner(outcome)
         except RowError as reason:
             report.drop(number, str(reason))
             continue

@@ -122,13 +122,15 @@ class FusedLayer:
         by_attended = self.o.backward(grad, saved_o, attended.detach().reshape(len(grad), -1))
         by_parts = torch.autograd.grad(attended, inputs, by_attended.view(attended.shape))
         by_projected = self._from_heads(list(by_parts), kept, cos, sin)
+        by_x = None
         if need_input:
             by_normed, t = self.qkv.backward_input(by_projected, saved_qkv)
+            by_x, normed = rms_norm_backward(by_normed, kept.x, norm.weight, kept.rstd, grad)
         else:  # the first layer reads embeddings, which are frozen
-            by_normed, t = torch.zeros_like(kept.x), self.qkv.t(by_projected)
-        by_x, normed = rms_norm_backward(by_normed, kept.x, norm.weight, kept.rstd, grad)
+            t = self.qkv.t(by_projected)
+            _, normed, _ = add_rms_norm(kept.x, None, norm.weight, norm.variance_epsilon)
         self.qkv.backward_adapters(by_projected, saved_qkv, normed, t)
-        return by_x if need_input else None
+        return by_x
 
     def _to_heads(
         self, projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor

@@ -54,9 +54,8 @@ class Run:
     schedule: LRScheduler
     flat: bool  # rows without padding; else padded rectangles
     listeners: list[Listener] = field(default_factory=list)
-    shapes: set[tuple[int, int]] = field(
-        default_factory=set
-    )  # (examples, tokens of the first) of earlier micro-batches
+    # (examples, tokens of the first) of earlier micro-batches
+    shapes: set[tuple[int, int]] = field(default_factory=set)
 
     def emit(self, event: Event) -> None:
         """Tell every listener."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from course_lib.data import cache, dataset
+from course_lib.data import cache, dataset, formats
 from course_lib.data.cache import content_key, map_rows, rows_from, tokenizer_key
 from course_lib.data.dataset import load_dataset
 from course_lib.data.templates import choose_template, named_template
@@ -30,7 +30,7 @@ def rows_file(tmp_path: Path) -> Path:
 def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """How many rows were read and tokenised, not taken from the cache."""
     counted = {"read": 0, "tokenised": 0}
-    to_conversation, encode = dataset.to_conversation, dataset.encode_conversations
+    to_conversation, encode = formats.to_conversation, dataset.encode_conversations
 
     def reading(*arguments: Any, **named: Any) -> Any:
         counted["read"] += 1
@@ -40,7 +40,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         counted["tokenised"] += len(rows)
         return encode(rows, *arguments, **named)
 
-    monkeypatch.setattr(dataset, "to_conversation", reading)
+    monkeypatch.setattr(formats, "to_conversation", reading)
     monkeypatch.setattr(dataset, "encode_conversations", encoding)
     return counted
 
