@@ -4,7 +4,8 @@
 
 The model has InternLM-7B's shape (a Llama of 32 layers, width 4096, intermediate 11008, vocabulary 103168, biases on q, k, v, o), random
 weights, and LoRA of rank 64 on all seven linear layers, in float32, stepped by 8-bit AdamW. A setting is
-number format : rows : tokens a row [: checkpoint]; all tokens are trained. Both sides start from the same weights and adapters.
+number format : rows : tokens a row [: more …]; all tokens are trained. More are checkpoint (gradient checkpointing), adapters16 (adapters in
+bfloat16), and what is kept in host memory: embedding, head, checkpoints, layers. Both sides start from the same weights and adapters.
 
 | side | what |
 |---|---|
@@ -47,6 +48,9 @@ SETTINGS = (
     "nf4:1:512:checkpoint",
     "nf4:1:2048:checkpoint",
 )
+HOST = ("embedding", "head", "checkpoints", "layers")
+RESIDENT = "checkpoint:adapters16:embedding:head:checkpoints"
+SMALL = tuple(f"nf4:1:{length}:{RESIDENT}{more}" for length in (512, 2048) for more in ("", ":layers"))
 
 
 def build(dtype: str) -> Any:
@@ -94,7 +98,7 @@ def quantise(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
-def our_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def our_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
     """One optimizer step as training/loop.py does it; returns [loss, grad norm] on the GPU."""
     from bitsandbytes.optim import AdamW8bit
 
@@ -105,7 +109,11 @@ def our_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.
     from course_lib.training.loss import to_device, trained_tokens
 
     model.get_base_model().set_attn_implementation(SEGMENTS)
-    engine = FusedEngine(model, checkpoint=checkpoint)
+    for parameter in model.parameters():
+        if parameter.requires_grad and "adapters16" in more:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    engine = FusedEngine(model, checkpoint="checkpoint" in more, offload=[part for part in HOST if part in more])
+    torch.cuda.empty_cache()
     optimizer = AdamW8bit(engine.trainable, lr=1e-4)
     shapes = set()
 
@@ -130,13 +138,13 @@ def our_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.
     return step
 
 
-def peft_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def peft_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The same with autograd and transformers' own loss."""
     from bitsandbytes.optim import AdamW8bit
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW8bit(trainable, lr=1e-4)
-    if checkpoint:
+    if "checkpoint" in more:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def step(ids: torch.Tensor) -> torch.Tensor:
@@ -156,13 +164,13 @@ def peft_step(model: Any, *, checkpoint: bool) -> Callable[[torch.Tensor], torch
 
 def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
     """Build, warm up, time; an out-of-memory is a result too."""
-    dtype, rows, length, *rest = setting.split(":")
+    dtype, rows, length, *more = setting.split(":")
     generator = torch.Generator().manual_seed(5)
     batches = [
         torch.randint(0, SHAPE["vocab_size"], (int(rows), int(length)), generator=generator) for _ in range(steps)
     ]
     try:
-        step = {"ours": our_step, "peft": peft_step}[side](build(dtype), checkpoint=bool(rest))
+        step = {"ours": our_step, "peft": peft_step}[side](build(dtype), more)
         read = [step(ids) for ids in batches[:WARM_UP]]
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -193,7 +201,7 @@ def flops_a_token(length: int) -> float:
 def main() -> None:
     """Measure every setting on both sides, print the table, write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--settings", nargs="+", default=SETTINGS)
+    parser.add_argument("--settings", nargs="+", default=(*SETTINGS, *SMALL))
     parser.add_argument("--sides", nargs="+", default=["ours", "peft"], choices=["ours", "peft"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_training.json"))
@@ -204,17 +212,19 @@ def main() -> None:
 
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": versions, "settings": {}}
-    print(f"{'setting':28} {'side':6} {'tokens/s':>9} {'TFLOP/s':>8} {'peak GB':>8} {'first loss':>10} {'last':>8}")
+    print(f"{'setting':68} {'side':6} {'tokens/s':>9} {'TFLOP/s':>8} {'peak GB':>8} {'first loss':>10} {'last':>8}")
     for setting in arguments.settings:
         for side in arguments.sides:
+            if side == "peft" and {*setting.split(":")} & {*HOST}:
+                continue
             found = result["settings"].setdefault(setting, {})[side] = measure(side, setting, arguments.steps)
             gc.collect()
             torch.cuda.empty_cache()
             if "error" in found:
-                print(f"{setting:28} {side:6} {found['error']}", flush=True)
+                print(f"{setting:68} {side:6} {found['error']}", flush=True)
                 continue
             print(
-                f"{setting:28} {side:6} {found['tokens_per_second']:9,.0f} {found['model_tflops']:8.0f} {found['peak_gb']:8.2f} "
+                f"{setting:68} {side:6} {found['tokens_per_second']:9,.0f} {found['model_tflops']:8.0f} {found['peak_gb']:8.2f} "
                 f"{found['losses'][0]:10.4f} {found['losses'][-1]:8.4f}",
                 flush=True,
             )
@@ -222,7 +232,7 @@ def main() -> None:
         if all("losses" in side for side in sides.values()) and len(sides) == 2:
             pairs = zip(sides["ours"]["losses"], sides["peft"]["losses"], strict=True)
             sides["largest_loss_difference"] = max(abs(one - other) for one, other in pairs)
-            print(f"{setting:28} losses differ by at most {sides['largest_loss_difference']:.4f}", flush=True)
+            print(f"{setting:68} losses differ by at most {sides['largest_loss_difference']:.4f}", flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

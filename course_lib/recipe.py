@@ -18,6 +18,7 @@ from course_lib.scale import DEFAULT_MODEL
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
+Offload = Literal["embedding", "head", "checkpoints", "layers"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -49,6 +50,7 @@ class LoraSettings(Section):
     r: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the adapters, their gradients, and plain adamw's states
     targets: Literal["all-linear"] | list[str] = "all-linear"  # or names of linear layers, such as [q_proj, v_proj]
 
     @field_validator("targets")
@@ -108,6 +110,7 @@ class TrainingSettings(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     gradient_checkpointing: bool = False
+    offload: list[Offload] = []  # what stays in host memory: less on the GPU, more time (course plan says how much)
     log_every: Positive = 1  # steps
     checkpoint_every: Count = 0  # steps; 0 saves at the end only
     keep_checkpoints: Positive = 2
@@ -141,6 +144,20 @@ class Recipe(Section):
             raise ValueError(
                 f"a base in {self.model.dtype} cannot be trained itself: keep lora, or set model.dtype to bfloat16"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_is_for_adapters(self) -> Recipe:
+        if self.training.offload and self.lora is None:
+            raise ValueError(
+                f"training.offload = {self.training.offload} keeps frozen parts of the model in host memory, and without lora nothing is frozen"
+            )
+        if {*self.training.offload} - {"checkpoints"} and self.model.dtype == "int8":
+            raise ValueError(
+                f"training.offload = {self.training.offload} is not there for int8: set model.dtype to nf4 or bfloat16"
+            )
+        if "checkpoints" in self.training.offload and not self.training.gradient_checkpointing:
+            raise ValueError("training.offload has checkpoints, but training.gradient_checkpointing is false: set both")
         return self
 
     def to_yaml(self) -> str:

@@ -22,6 +22,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     Raises:
         InputError: a target names no linear layer of the model, or the rank is above that of every layer.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     _check_targets(model, settings)
@@ -32,7 +33,11 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         target_modules=settings.targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, settings.dtype))
+    return adapted
 
 
 def save_weights(

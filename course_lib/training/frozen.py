@@ -7,6 +7,8 @@ from torch import nn
 
 from course_lib.training.kernels import dequantise_nf4
 
+ALIGNMENT = 64  # elements: rows of a matrix begin where the fast products want them
+
 _scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
@@ -16,47 +18,91 @@ class FrozenLinears:
     The layers' own tensors become slices of the stack. NF4 weights are dequantised at each use, into one buffer that all
     stacks share: on one stream a product has read the buffer before the next stack writes it.
 
+    There is room for more rows below W, or more columns beside it: an adapter's matrices in there become part of the product.
+
     Attributes:
         out_features: outputs of each layer.
         bias: shape (sum of outputs,), or None where no layer has one.
+        tensors: what W is made from.
+        lasting: what is written beside or below W stays there until W is used again.
     """
 
-    def __init__(self, layers: list[nn.Module], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        more_rows: int = 0,
+        more_columns: int = 0,
+    ) -> None:
         self.dtype = dtype
         self.out_features = [layer.out_features for layer in layers]
-        self.shape = (sum(self.out_features), layers[0].in_features)
-        self.bias = _stacked_bias(layers, dtype)
-        self._weight = _StackedNF4(layers) if hasattr(layers[0].weight, "quant_state") else _stacked(layers)
+        self.rows, self.columns = sum(self.out_features), layers[0].in_features
+        self.more_rows, self.more_columns = more_rows, more_columns
+        aligned = -(-more_columns // ALIGNMENT) * ALIGNMENT
+        self._shape = (self.rows + more_rows, self.columns + aligned)
+        self.bias = _stacked_bias(layers, dtype, device)
+        self._layers = layers
+        self._code: torch.Tensor | None = None
+        if hasattr(layers[0].weight, "quant_state"):
+            self._code = layers[0].weight.quant_state.code.to(device)
+            self.tensors = _joined_nf4(layers)
+        else:
+            whole = layers[0].weight.new_empty(self._shape)
+            torch.cat([layer.weight.data for layer in layers], out=whole[: self.rows, : self.columns])
+            self.tensors = [whole]
+        self.lasting = self._code is None
+        self.give_layers(self.tensors)
+
+    def whole(self) -> torch.Tensor:
+        """W with its further rows and columns, shape (rows + more_rows, columns + more_columns).
+
+        Valid until the next call on any stack of NF4 weights.
+        """
+        if self._code is None:
+            return self.tensors[0][:, : self.columns + self.more_columns]
+        packed, absmax, *nested = self.tensors
+        buffer = _scratch_buffer(self._shape[0] * self._shape[1], self.dtype, packed.device).view(self._shape)
+        dequantise_nf4(packed, absmax, tuple(nested) or None, self._code, buffer[: self.rows, : self.columns])
+        return buffer[:, : self.columns + self.more_columns]
 
     def weight(self) -> torch.Tensor:
-        """Shape (sum of outputs, inputs). Valid until the next call on any stack of NF4 weights."""
-        if isinstance(self._weight, torch.Tensor):
-            return self._weight
-        buffer = _scratch_buffer(self.shape[0] * self.shape[1], self.dtype, self._weight.packed.device)
-        self._weight.write(buffer)
-        return buffer.view(self.shape)
+        """W, shape (rows, columns). Valid as long as `whole`."""
+        return self.whole()[: self.rows, : self.columns]
+
+    def give_layers(self, tensors: list[torch.Tensor]) -> None:
+        """Make the layers' own weights slices of these tensors, which are like `tensors` in shape and type."""
+        if self._code is None:
+            parts = tensors[0][: self.rows, : self.columns].split(self.out_features)
+            for layer, part in zip(self._layers, parts, strict=True):
+                layer.weight.data = part
+            return
+        start = 0
+        for layer in self._layers:
+            state, shape = layer.weight.quant_state, layer.weight.shape
+            end = start + layer.out_features * layer.in_features // 64
+            layer.weight.data = tensors[0][start * 32 : end * 32].view(shape)
+            state.absmax = tensors[1][start:end]
+            if state.nested:
+                state.state2.code, state.state2.absmax = tensors[2], tensors[3][start // 256 : end // 256]
+                state.offset = tensors[4][start // 256]
+            start = end
 
 
-class _StackedNF4:
-    """bitsandbytes' 4-bit weights end to end, so that one launch dequantises them all."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        states = [layer.weight.quant_state for layer in layers]
-        self.code = states[0].code
-        self.packed = torch.cat([layer.weight.data.flatten() for layer in layers])
-        self.absmax = torch.cat([state.absmax for state in states])
-        self.nested = None
-        if states[0].nested:
-            inner = [state.state2 for state in states]
-            offsets = [state.offset.expand(len(state2.absmax)) for state, state2 in zip(states, inner, strict=True)]
-            self.nested = inner[0].code, torch.cat([state2.absmax for state2 in inner]), torch.cat(offsets)
-        packed = self.packed.split([layer.weight.numel() for layer in layers])
-        absmax = self.absmax.split([len(state.absmax) for state in states])
-        for layer, state, own, scale in zip(layers, states, packed, absmax, strict=True):
-            layer.weight.data, state.absmax = own.view(layer.weight.shape), scale
-
-    def write(self, out: torch.Tensor) -> None:
-        dequantise_nf4(self.packed, self.absmax, self.nested, self.code, out)
+def _joined_nf4(layers: list[nn.Module]) -> list[torch.Tensor]:
+    """bitsandbytes' 4-bit weights end to end, so that one launch dequantises them all: packed, absmax, and for doubly quantised
+    ones the code of absmax, its factors and its offsets (kernels.dequantise_nf4)."""
+    states = [layer.weight.quant_state for layer in layers]
+    tensors = [
+        torch.cat([layer.weight.data.flatten() for layer in layers]),
+        torch.cat([state.absmax for state in states]),
+    ]
+    if states[0].nested:
+        inner = [state.state2 for state in states]
+        offsets = [state.offset.expand(len(state2.absmax)) for state, state2 in zip(states, inner, strict=True)]
+        tensors += [inner[0].code, torch.cat([state2.absmax for state2 in inner]), torch.cat(offsets)]
+    return tensors
 
 
 def why_not_stacked(layer: nn.Module) -> str:
@@ -74,21 +120,11 @@ def why_not_stacked(layer: nn.Module) -> str:
     return ""
 
 
-def _stacked(layers: list[nn.Module]) -> torch.Tensor:
-    stack = torch.cat([layer.weight.data for layer in layers])
-    for layer, part in zip(layers, stack.split([layer.out_features for layer in layers]), strict=True):
-        layer.weight.data = part
-    return stack
-
-
-def _stacked_bias(layers: list[nn.Module], dtype: torch.dtype) -> torch.Tensor | None:
+def _stacked_bias(layers: list[nn.Module], dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
-    device = layers[0].weight.device
-    parts = [
-        torch.zeros(layer.out_features, device=device) if layer.bias is None else layer.bias.data for layer in layers
-    ]
-    return torch.cat([part.to(dtype) for part in parts])
+    parts = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.data for layer in layers]
+    return torch.cat([part.to(device, dtype) for part in parts])
 
 
 def _scratch_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -1,9 +1,12 @@
 """Linear layers that read the same input, frozen weights and adapters together, with a backward pass written by hand.
 
-y = W x + b + s · B A x. The frozen weights of the group are one product, and so are the A of all adapters; each B x is added
-in place. Backward needs no gradient of W, and gets those of A and B from thin products that never form one of W's size:
+y = W x + b + s · B A x. The frozen weights of the group are one product, and so are the A of all adapters. Backward needs no
+gradient of W, and gets those of A and B from thin products that never form one of W's size:
 
     t = s · Bᵀ dy     dx = Wᵀ dy + Aᵀ t     dA = t xᵀ     dB = s · dy (A x)ᵀ
+
+To add B (A x) to y, or Aᵀ t to dx, costs a pass over y or dx. Where the longer of the two is y, B stands beside W and s · A x
+beside x, so that [W B] [x; s A x] is one product; where it is dx, A stands below W and t beside dy, and [dy; t] [W; A] is one.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import nn
 
 from course_lib.training.flat import FlatParameter
-from course_lib.training.frozen import FrozenLinears
+from course_lib.training.frozen import ALIGNMENT, FrozenLinears
 
 
 @dataclass
@@ -45,45 +49,69 @@ class Saved:
 class FusedLinears:
     """A group of peft linear layers, such as q, k and v. Gradients are added to the flat parameters', not returned."""
 
-    def __init__(self, layers: Sequence[nn.Module], flat_a: FlatParameter, flat_b: FlatParameter) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        flat_a: FlatParameter,
+        flat_b: FlatParameter,
+        *,
+        joined: Literal["forward", "backward"],
+    ) -> None:
+        """`joined` is the pass in which the adapters are part of the product with W: the one with more to add to."""
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.frozen = FrozenLinears(bases, dtype=flat_a.compute.dtype)
-        self.outputs = [slice(*pair) for pair in pairwise(accumulate(self.frozen.out_features, initial=0))]
-        adapted = [(layer, out) for layer, out in zip(layers, self.outputs, strict=True) if hasattr(layer, "lora_A")]
+        outputs = [slice(*pair) for pair in pairwise(accumulate((base.out_features for base in bases), initial=0))]
+        adapted = [(layer, out) for layer, out in zip(layers, outputs, strict=True) if hasattr(layer, "lora_A")]
+        self.outputs = outputs
         self.a: torch.Tensor | None = None
         self.adapters: list[_Adapter] = []
-        if not adapted:
-            return
-        self.a, self.grad_a = flat_a.views([_matrix(layer, "lora_A") for layer, _ in adapted])
+        if adapted:
+            self.a, self.grad_a = flat_a.views([_matrix(layer, "lora_A") for layer, _ in adapted])
         start = 0
-        for layer, outputs in adapted:
+        for layer, out in adapted:
             b, grad_b = flat_b.views([_matrix(layer, "lora_B")])
             ranks = slice(start, start + b.shape[1])
             start = ranks.stop
             dropout = getattr(layer.lora_dropout["default"], "p", 0.0)
-            self.adapters.append(
-                _Adapter(
-                    outputs,
-                    ranks,
-                    self.a[ranks],
-                    self.grad_a[ranks],
-                    b,
-                    b.t(),
-                    grad_b,
-                    layer.scaling["default"],
-                    dropout,
-                )
-            )
-        scalings = {adapter.scaling for adapter in self.adapters}
+            a, grad_a = self.a[ranks], self.grad_a[ranks]
+            scaling = layer.scaling["default"]
+            self.adapters.append(_Adapter(out, ranks, a, grad_a, b, b.t(), grad_b, scaling, dropout))
         # one product for all A, and one scale, where no adapter drops its own share of the input
-        self.joint = len(scalings) == 1 and not any(adapter.dropout for adapter in self.adapters)
+        alike = len({adapter.scaling for adapter in self.adapters}) == 1
+        self.joint = alike and not any(adapter.dropout for adapter in self.adapters)
+        self.joined = joined if self.joint and bases[0].in_features % ALIGNMENT == 0 else None
+        self.frozen = FrozenLinears(
+            bases,
+            dtype=flat_a.compute.dtype,
+            device=flat_a.compute.device,
+            more_rows=start if self.joined == "backward" else 0,
+            more_columns=start if self.joined == "forward" else 0,
+        )
+        self._written = False  # the adapters beside or below a lasting W
+
+    def after_step(self) -> None:
+        """The adapters have changed."""
+        self._written = False
+
+    def new_input(self, like: torch.Tensor) -> torch.Tensor:
+        """A buffer for `forward`'s input, with room beside it for A x; its first columns are shaped as `like`."""
+        return _with_room(like, self.frozen.more_columns)
+
+    def new_output_grad(self, like: torch.Tensor) -> torch.Tensor:
+        """A buffer for `backward`'s gradient, with room beside it for t; its first columns are shaped as `like`."""
+        return _with_room(like, self.frozen.more_rows)
 
     def forward(self, x: torch.Tensor, *, seeds: list[int] | None = None) -> tuple[torch.Tensor, Saved]:
-        """Shape (rows, inputs) to (rows, sum of outputs). With the seeds of an earlier call, the same inputs are dropped."""
-        weight = self.frozen.weight().t()
-        y = x @ weight if self.frozen.bias is None else torch.addmm(self.frozen.bias, x, weight)
-        saved = self.project(x, seeds=seeds)
-        for adapter in self.adapters:
+        """Shape (rows, inputs), or what `new_input` gave, to (rows, sum of outputs).
+
+        With the seeds of an earlier call, the same inputs are dropped.
+        """
+        bias, inputs = self.frozen.bias, x[:, : self.frozen.columns]
+        saved = self.project(inputs, seeds=seeds)
+        if joined := x.shape[1] > self.frozen.columns:
+            x[:, self.frozen.columns :] = saved.ax
+        weight = self._whole() if joined else self.frozen.weight()
+        y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        for adapter in self.adapters if not joined else []:
             y[:, adapter.outputs].addmm_(saved.ax[:, adapter.ranks], adapter.b_transposed)
         return y, saved
 
@@ -91,19 +119,20 @@ class FusedLinears:
         """s · A x of every adapter."""
         if self.a is None:
             return Saved(None, [])
-        if self.joint:
-            return Saved((x @ self.a.t()).mul_(self.adapters[0].scaling), [])
-        seeds = torch.randint(2**31, (len(self.adapters),)).tolist() if seeds is None else seeds
         ax = x.new_empty(len(x), len(self.a))
+        if self.joint:
+            return Saved(_scaled_product(x, self.a.t(), self.adapters[0].scaling, out=ax), [])
+        seeds = torch.randint(2**31, (len(self.adapters),)).tolist() if seeds is None else seeds
         for adapter, seed in zip(self.adapters, seeds, strict=True):
-            ax[:, adapter.ranks] = (drop(x, adapter.dropout, seed) @ adapter.a.t()).mul_(adapter.scaling)
+            dropped = drop(x, adapter.dropout, seed)
+            _scaled_product(dropped, adapter.a.t(), adapter.scaling, out=ax[:, adapter.ranks])
         return Saved(ax, seeds)
 
     def backward(self, grad: torch.Tensor, saved: Saved, x: torch.Tensor) -> torch.Tensor:
         """Add the adapters' gradients; return that of the input, shape (rows, inputs).
 
         Args:
-            grad: shape (rows, sum of outputs).
+            grad: shape (rows, sum of outputs), or what `new_output_grad` gave.
             x: the input of `forward`.
         """
         by_x, t = self.backward_input(grad, saved)
@@ -112,8 +141,11 @@ class FusedLinears:
 
     def backward_input(self, grad: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input's gradient, and t for `backward_adapters`: for where the input itself is only made in between."""
-        by_x = grad @ self.frozen.weight()
         t = self.t(grad)
+        if t is not None and grad.shape[1] > self.frozen.rows:
+            grad[:, self.frozen.rows :] = t
+            return grad @ self._whole(), t
+        by_x = grad @ self.frozen.weight()
         if t is not None and self.joint:
             by_x.addmm_(t, self.a)
         elif t is not None:
@@ -139,16 +171,42 @@ class FusedLinears:
             return None
         t = grad.new_empty(len(grad), len(self.a))
         for adapter in self.adapters:
-            torch.mm(grad[:, adapter.outputs], adapter.b, out=t[:, adapter.ranks])
-            if not self.joint:
-                t[:, adapter.ranks].mul_(adapter.scaling)
-        return t.mul_(self.adapters[0].scaling) if self.joint else t
+            _scaled_product(grad[:, adapter.outputs], adapter.b, adapter.scaling, out=t[:, adapter.ranks])
+        return t
+
+    def _whole(self) -> torch.Tensor:
+        """[W B] or [W; A]. Each B stands in the columns of its ranks and the rows of its outputs, and zeros elsewhere."""
+        whole = self.frozen.whole()
+        if self._written and self.frozen.lasting:
+            return whole
+        if self.joined == "backward":
+            whole[self.frozen.rows :] = self.a
+        else:
+            beside = whole[:, self.frozen.columns :]
+            if len(self.adapters) > 1 or self.adapters[0].b.shape != beside.shape:
+                beside.zero_()
+            for adapter in self.adapters:
+                beside[adapter.outputs, adapter.ranks] = adapter.b
+        self._written = True
+        return whole
+
+
+def _with_room(like: torch.Tensor, more: int) -> torch.Tensor:
+    aligned = -(-more // ALIGNMENT) * ALIGNMENT
+    return like.new_empty(len(like), like.shape[1] + aligned)[:, : like.shape[1] + more]
+
+
+def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float, *, out: torch.Tensor) -> torch.Tensor:
+    """out = scale · left @ right in one launch: with beta 0 what stood in `out` is not read."""
+    return torch.addmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """total += left @ right; the sum is kept in the total's type, which may be wider."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total.add_(left @ right)
 

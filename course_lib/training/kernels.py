@@ -21,13 +21,14 @@ def _on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def add_rms_norm(
-    x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`x + y` and its RMSNorm, `weight * s / sqrt(mean(s²) + eps)`.
 
     Args:
-        x, y: shape (rows, width); y may be None.
+        x, y: shape (rows, width), contiguous; y may be None.
         weight: shape (width,).
+        out: where the norm goes, of any row stride.
 
     Returns:
         The sum (x itself without y), the norm, both in x's type; and 1 / sqrt(mean(s²) + eps), float32, shape (rows,).
@@ -35,42 +36,55 @@ def add_rms_norm(
     if _on_gpu(x):
         rows, width = x.shape
         total = x if y is None else torch.empty_like(x)
-        out, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        out = torch.empty_like(x) if out is None else out
+        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         _add_rms_norm_kernel[(rows,)](
-            x, y, weight, total, out, rstd, width, eps, has_y=y is not None, block=triton.next_power_of_2(width),
+            x, y, weight, total, out, rstd, width, out.stride(0), eps, has_y=y is not None, block=triton.next_power_of_2(width),
             num_warps=_warps(width),
         )  # fmt: skip
         return total, out, rstd
     total = x if y is None else x + y
     wide = total.float()
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
-    return total, (wide * rstd[:, None]).to(x.dtype) * weight, rstd
+    normed = (wide * rstd[:, None]).to(x.dtype) * weight
+    return total, normed if out is None else out.copy_(normed), rstd
 
 
 def rms_norm_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, residual_grad: torch.Tensor | None
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    residual_grad: torch.Tensor | None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient by the norm's input, plus the gradient that goes around the norm; and the norm's output once more.
 
     With n = x · rstd and g = grad · weight: rstd · (g - n · mean(g · n)) + residual_grad.
+
+    Args:
+        grad, x: shape (rows, width), contiguous.
+        residual_grad, out: the same shape, of any row stride; out is where the gradient goes.
 
     Returns:
         Gradient and output, both shape (rows, width), in x's type.
     """
     if _on_gpu(x):
         rows, width = x.shape
-        out, normed = torch.empty_like(x), torch.empty_like(x)
+        out, normed = torch.empty_like(x) if out is None else out, torch.empty_like(x)
+        around = 0 if residual_grad is None else residual_grad.stride(0)
         _rms_norm_backward_kernel[(rows,)](
-            grad, x, weight, rstd, residual_grad, out, normed, width, has_residual=residual_grad is not None,
-            block=triton.next_power_of_2(width), num_warps=_warps(width),
+            grad, x, weight, rstd, residual_grad, out, normed, width, around, out.stride(0),
+            has_residual=residual_grad is not None, block=triton.next_power_of_2(width), num_warps=_warps(width),
         )  # fmt: skip
         return out, normed
     n = x.float() * rstd[:, None]
     g = grad.float() * weight.float()
-    out = rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
+    by = rstd[:, None] * (g - n * (g * n).mean(-1, keepdim=True))
     if residual_grad is not None:
-        out = out + residual_grad.float()
-    return out.to(x.dtype), n.to(x.dtype) * weight
+        by = by + residual_grad.float()
+    return by.to(x.dtype) if out is None else out.copy_(by), n.to(x.dtype) * weight
 
 
 def rotate(
@@ -162,13 +176,15 @@ def dequantise_nf4(
         absmax: scale of each block, shape (weights / 64,): float32, or uint8 where `nested` says how to read it:
             its code, float32, shape (256,); and factor and offset, float32, one for each 256 blocks.
         code: float32, shape (16,): the value of each of the 16 numbers.
-        out: any float type, contiguous, of as many elements as there are weights.
+        out: any float type, shape (rows, columns) of as many elements as there are weights. Of any row stride where whole
+            blocks make a row; else contiguous.
     """
     blocks = out.numel() // 64
+    a_row, stride = (out.shape[1] // 64, out.stride(0)) if out.shape[1] % 64 == 0 else (1, 64)
     if _on_gpu(out):
         parts = nested or (absmax, absmax, absmax)
         _dequantise_nf4_kernel[(triton.cdiv(blocks, 64),)](
-            packed, absmax, *parts, code, out, blocks, nested=nested is not None, group=256, rows=64
+            packed, absmax, *parts, code, out, blocks, a_row, stride, nested=nested is not None, group=256, rows=64
         )
         return
     if nested is not None:
@@ -186,7 +202,9 @@ def _warps(width: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _add_rms_norm_kernel(x, y, weight, total, out, rstd, width, eps, has_y: tl.constexpr, block: tl.constexpr):
+    def _add_rms_norm_kernel(
+        x, y, weight, total, out, rstd, width, out_row, eps, has_y: tl.constexpr, block: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
         inside = at < width
@@ -198,12 +216,13 @@ if triton is not None:
         scale = 1 / tl.sqrt(tl.sum(wide * wide, 0) / width + eps)
         tl.store(rstd + row, scale)
         w = tl.load(weight + at, mask=inside, other=0.0)
-        tl.store(out + row * width + at, (wide * scale).to(s.dtype) * w, mask=inside)
+        tl.store(out + row * out_row + at, (wide * scale).to(s.dtype) * w, mask=inside)
 
     @triton.jit
     def _rms_norm_backward_kernel(
-        grad, x, weight, rstd, residual, out, normed, width, has_residual: tl.constexpr, block: tl.constexpr
-    ):
+        grad, x, weight, rstd, residual, out, normed, width, residual_row, out_row,
+        has_residual: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
         inside = at < width
@@ -213,8 +232,8 @@ if triton is not None:
         g = tl.load(grad + row * width + at, mask=inside, other=0.0).to(tl.float32) * w.to(tl.float32)
         by = scale * (g - n * (tl.sum(g * n, 0) / width))
         if has_residual:
-            by += tl.load(residual + row * width + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * width + at, by.to(w.dtype), mask=inside)
+            by += tl.load(residual + row * residual_row + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * out_row + at, by.to(w.dtype), mask=inside)
         tl.store(normed + row * width + at, n.to(w.dtype) * w, mask=inside)
 
     @triton.jit
@@ -284,8 +303,8 @@ if triton is not None:
 
     @triton.jit
     def _dequantise_nf4_kernel(
-        packed, absmax, absmax_code, absmax_scale, absmax_offset, code, out, blocks, nested: tl.constexpr,
-        group: tl.constexpr, rows: tl.constexpr,
+        packed, absmax, absmax_code, absmax_scale, absmax_offset, code, out, blocks, a_row, stride,
+        nested: tl.constexpr, group: tl.constexpr, rows: tl.constexpr,
     ):  # fmt: skip
         block = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)  # of 64 weights, which share one absmax
         inside = block < blocks
@@ -299,5 +318,5 @@ if triton is not None:
         high = tl.load(code + (byte >> 4).to(tl.int32)) * scale[:, None]
         low = tl.load(code + (byte & 15).to(tl.int32)) * scale[:, None]
         weights = tl.reshape(tl.join(high, low), (rows, 64))
-        at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+        at = (block // a_row * stride + block % a_row * 64)[:, None] + tl.arange(0, 64)[None, :]
         tl.store(out + at, weights.to(out.dtype.element_ty), mask=inside[:, None])

@@ -13,8 +13,12 @@ from course_lib.training.kernels import cross_entropy_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from course_lib.training.host_memory import HostHead
+
 
 LOGITS_A_CHUNK = 2**27  # 268 MB in 16 bits: a thousand rows or more, enough to keep a large GPU's matrix units busy
+SLICE_OF_HEAD = 2**25  # of a head in host memory: 67 MB in 16 bits, two of them at a time
+SLICE_OF_LOGITS = 2**23
 
 
 def supervised_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
@@ -54,41 +58,65 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def chunked_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum of the cross entropy of a frozen head's logits, which are never all there at once.
-
-    The gradient by `hidden` is made in the same pass, chunk by chunk, while a chunk's logits are at hand.
 
     Args:
         hidden: shape (rows, width): what the head reads, of trained positions only.
         weight: shape (vocabulary, width).
         targets: int64, shape (rows,).
+        gradient: make that by `hidden` in the same pass, chunk by chunk, while a chunk's logits are at hand.
 
     Returns:
-        Scalar float32.
+        Scalar float32, and the gradient, shaped and typed as `hidden`.
     """
-    return _ChunkedLoss.apply(hidden, weight, targets)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    by_hidden = torch.empty_like(hidden) if gradient else None
+    rows = max(1, LOGITS_A_CHUNK // len(weight))
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = hidden[part] @ weight.t()
+        total += cross_entropy_(logits, targets[part]).sum()
+        if by_hidden is not None:
+            torch.mm(logits, weight, out=by_hidden[part])
+    return total, by_hidden
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, LOGITS_A_CHUNK // len(weight))
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = hidden[part] @ weight.t()
-            total += cross_entropy_(logits, targets[part]).sum()
-            if by_hidden is not None:
-                torch.mm(logits, weight, out=by_hidden[part])
-        ctx.by_hidden = by_hidden
-        return total
+def streamed_loss(
+    hidden: torch.Tensor, head: HostHead, targets: torch.Tensor, *, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`chunked_loss` for a head in host memory, which passes by once, slice by slice of the vocabulary.
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        by_hidden, ctx.by_hidden = ctx.by_hidden, None
-        return by_hidden.mul_(grad), None, None
+    The normaliser of the softmax is known only at the end: sums are kept relative to the largest logit so far and shrunk
+    where a larger one comes (Milakov and Gimelshein 2018), and so is the gradient's sum of weighted rows.
+    """
+    rows = len(hidden)
+    largest = hidden.new_full((rows,), float("-inf"), dtype=torch.float32)
+    total, of_target = torch.zeros_like(largest), torch.zeros_like(largest)
+    expected = hidden.new_zeros(hidden.shape, dtype=torch.float32)  # sum of the head's rows by their probability
+    row_of_target = torch.zeros_like(hidden)
+    for first, weight in head.slices(rows):
+        logits = (hidden @ weight.t()).float()
+        at = targets - first
+        inside, at = (at >= 0) & (at < len(weight)), at.clamp(0, len(weight) - 1)
+        of_target = torch.where(inside, logits.gather(1, at[:, None])[:, 0], of_target)
+        before, largest = largest, torch.maximum(largest, logits.amax(1))
+        shrink = (before - largest).exp_()
+        logits.sub_(largest[:, None]).exp_()
+        total.mul_(shrink).add_(logits.sum(1))
+        if gradient:
+            expected.mul_(shrink[:, None]).add_(logits.to(hidden.dtype) @ weight)
+            row_of_target = torch.where(inside[:, None], weight[at], row_of_target)
+    loss = (largest + total.log() - of_target).sum()
+    return loss, expected.div_(total[:, None]).sub_(row_of_target).to(hidden.dtype) if gradient else None
+
+
+def slices_of(vocabulary: int, width: int, *, rows: int) -> list[slice]:
+    """Slices of a head's rows that keep both a slice and its logits, for `rows` positions, small."""
+    size = max(256, min(SLICE_OF_LOGITS // max(1, rows), SLICE_OF_HEAD // width))
+    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 class PlainEngine:

@@ -19,7 +19,7 @@ from course_lib.data.dataset import Dataset, load_dataset
 from course_lib.data.templates import ChatTemplate, choose_template
 from course_lib.errors import InputError
 from course_lib.models import load_model, load_tokenizer, model_folder
-from course_lib.recipe import DataSettings, Recipe
+from course_lib.recipe import DataSettings, Recipe, TrainingSettings
 from course_lib.training.adapters import add_lora, load_weights, save_weights
 from course_lib.training.attention import SEGMENTS, attention, supports_segments
 from course_lib.training.batches import StepPlan, plan_steps
@@ -27,6 +27,7 @@ from course_lib.training.checkpoint import load_state, save_checkpoint, set_rand
 from course_lib.training.events import CheckpointSaved, Event, Listener
 from course_lib.training.fused import FusedEngine, why_not_fused
 from course_lib.training.loss import PlainEngine, to_device
+from course_lib.training.offload import load_on_host
 from course_lib.training.optimizer import make_optimizer, make_schedule
 
 if TYPE_CHECKING:
@@ -160,13 +161,18 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
     # before the model: wrong data is soon told
     dataset = load_dataset(recipe.data, template=template, tokenizer=tokenizer)
     _check_held_out(dataset, recipe.data)
-    model, _ = load_model(
-        base_folder,
-        dtype=settings.dtype,
-        double_quant=settings.double_quant,
-        compute_dtype=None if settings.compute_dtype == "auto" else settings.compute_dtype,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    offload = recipe.training.offload
+    if {*offload} - {"checkpoints"}:
+        model = load_on_host(base_folder, settings, offload=offload)
+    else:
+        model, _ = load_model(
+            base_folder,
+            dtype=settings.dtype,
+            double_quant=settings.double_quant,
+            compute_dtype=None if settings.compute_dtype == "auto" else settings.compute_dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    _keep_quantised_weights(model)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
     AcceleratorState._reset_state()  # a second run in one notebook may compute in another type
@@ -174,8 +180,8 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
     plan = plan_steps(dataset.train, recipe.data, recipe.training)
     longest = int(max(dataset.train.lengths.max(), dataset.held_out.lengths.max(initial=0)))
     flat = supports_segments(_base_model(model), longest=longest)
-    model = accelerator.prepare(model)
-    engine = _make_engine(accelerator.unwrap_model(model), flat=flat, checkpoint=recipe.training.gradient_checkpointing)
+    model = accelerator.prepare_model(model, device_placement=not offload)
+    engine = _make_engine(accelerator.unwrap_model(model), recipe.training, flat=flat, device=accelerator.device)
     optimizer = accelerator.prepare(make_optimizer(engine.trainable, recipe.training))
     return Run(
         recipe=recipe,
@@ -194,14 +200,26 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
     )
 
 
-def _make_engine(model: Any, *, flat: bool, checkpoint: bool) -> FusedEngine | PlainEngine:
+def _make_engine(
+    model: Any, settings: TrainingSettings, *, flat: bool, device: torch.device
+) -> FusedEngine | PlainEngine:
     """The fused layers where they apply."""
     reason = why_not_fused(model) if flat else "rows are padded"
     if not reason:
-        return FusedEngine(model, checkpoint=checkpoint)
-    if checkpoint:
+        checkpoint, offload = settings.gradient_checkpointing, settings.offload
+        return FusedEngine(model, checkpoint=checkpoint, offload=offload, device=device)
+    if settings.offload:
+        raise InputError(f"training.offload = {settings.offload} needs the fused layers, which do not apply: {reason}")
+    if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PlainEngine(model, reason)
+
+
+def _keep_quantised_weights(model: Any) -> None:
+    """Evaluation changes no weight: on some processors bitsandbytes would pack 4-bit ones anew there, and round their scales."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _base_model(model: Any) -> Any:
@@ -223,6 +241,6 @@ def _mixed_precision(model: Any) -> str:
     dtype = getattr(model, "dtype", torch.float32)
     return (
         {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
-        if model.device.type == "cuda" or dtype == torch.bfloat16
+        if torch.cuda.is_available() or dtype == torch.bfloat16
         else "no"
     )

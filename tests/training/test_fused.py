@@ -22,11 +22,12 @@ from transformers import (
 
 from course_lib.data.collate import flatten
 from course_lib.data.tokenize import Example
-from course_lib.training import fused_linear, loss
+from course_lib.training import fused_linear, host_memory, loss
 from course_lib.training.attention import SEGMENTS, attention
 from course_lib.training.fused import FusedEngine, why_not_fused
 from course_lib.training.fused_linear import drop
-from course_lib.training.loss import chunked_loss, supervised_loss
+from course_lib.training.host_memory import HostHead
+from course_lib.training.loss import chunked_loss, streamed_loss, supervised_loss
 
 SHAPE = {
     "vocab_size": 97,
@@ -215,17 +216,23 @@ def test_an_nf4_base_on_a_gpu(tmp_path: Any, double_quant: bool) -> None:
     assert_nf4_as_exact_as_peft(tmp_path, double_quant, "cuda")
 
 
-def test_chunks_of_the_loss_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", [False, True])
+def test_chunks_of_the_loss_add_up(monkeypatch: pytest.MonkeyPatch, host: bool) -> None:
     monkeypatch.setattr(loss, "LOGITS_A_CHUNK", 97 * 7)
-    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(97, 16)
+    monkeypatch.setattr(loss, "slices_of", lambda *_, rows: [slice(0, 40), slice(40, 80), slice(80, 97)])
+    monkeypatch.setattr(host_memory, "slices_of", loss.slices_of)
+    hidden, weight = 3 * torch.randn(50, 16, requires_grad=True), torch.randn(97, 16)
     targets = torch.randint(97, (50,))
     expected = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
-    (wanted,) = torch.autograd.grad(3 * expected, hidden)
-    got = chunked_loss(hidden, weight, targets)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(3 * got, hidden)[0], wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(chunked_loss(hidden, weight, targets), expected)
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    head = HostHead(weight, torch.device("cpu")) if host else weight
+    compute = streamed_loss if host else chunked_loss
+    got, by_hidden = compute(hidden.detach(), head, targets, gradient=True)
+    torch.testing.assert_close(got, expected.detach())
+    torch.testing.assert_close(by_hidden, wanted)
+    again, nothing = compute(hidden.detach(), head, targets, gradient=False)
+    torch.testing.assert_close(again, got)
+    assert nothing is None
 
 
 def test_dropping_follows_from_its_seed() -> None:
@@ -249,3 +256,23 @@ def test_dropping_follows_from_its_seed() -> None:
 )
 def test_what_is_left_to_the_models_own_layers(model: Any, said: str) -> None:
     assert said in why_not_fused(model())
+
+
+@pytest.mark.parametrize("offload", [["layers"], ["embedding", "head"], ["checkpoints", "layers", "embedding", "head"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_lies_in_host_memory_changes_nothing(offload: list[str], tied: bool) -> None:
+    rows, results = batch(), []
+    for parts in ([], offload):
+        config = LlamaConfig(**{**SHAPE, "hidden_size": 128}, attention_bias=True, tie_word_embeddings=tied)
+        model = adapted(config, dtype=torch.float32)
+        with attention(model.get_base_model(), SEGMENTS):
+            engine = FusedEngine(model, checkpoint=True, offload=parts)
+            for _ in range(2):
+                got = engine.loss(rows)
+                got.backward()
+        with torch.no_grad(), attention(model.get_base_model(), "sdpa"):
+            logits = model.eval()(input_ids=rows["input_ids"], use_cache=False).logits
+        results.append((got, gradients(model), logits))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1][2], results[0][2])
