@@ -52,6 +52,8 @@ HOST = ("embedding", "head", "checkpoints", "layers")
 RESIDENT = "checkpoint:adapters16:embedding:head:checkpoints"
 SMALL = tuple(f"nf4:1:{length}:{RESIDENT}{more}" for length in (512, 2048) for more in ("", ":layers"))
 
+Step = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # token ids to loss and gradient norm, on the GPU
+
 
 def build(dtype: str) -> Any:
     """The random model with adapters, on the GPU. NF4 weights are quantised layer by layer."""
@@ -98,8 +100,8 @@ def quantise(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
-def our_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One optimizer step as training/loop.py does it; returns [loss, grad norm] on the GPU."""
+def our_step(model: Any, more: list[str]) -> Step:
+    """One optimizer step as training/loop.py does it."""
     from bitsandbytes.optim import AdamW8bit
 
     from course_lib.data.collate import flatten
@@ -117,7 +119,7 @@ def our_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Tens
     optimizer = AdamW8bit(engine.trainable, lr=1e-4)
     shapes = set()
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch = flatten([Example(row, row) for row in ids.tolist()])
         on_gpu = {
             name: value if name.startswith(("max_", "labels")) else to_device(value, torch.device("cuda"))
@@ -128,17 +130,15 @@ def our_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Tens
         shapes.add(ids.shape)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(engine.trainable, 1.0)
-        read = torch.stack([loss.detach(), norm])
-        read.tolist()  # as the loop does, once a step
         optimizer.step()
         engine.after_step()
         optimizer.zero_grad(set_to_none=False)
-        return read
+        return loss.detach(), norm
 
     return step
 
 
-def peft_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Tensor]:
+def peft_step(model: Any, more: list[str]) -> Step:
     """The same with autograd and transformers' own loss."""
     from bitsandbytes.optim import AdamW8bit
 
@@ -147,19 +147,33 @@ def peft_step(model: Any, more: list[str]) -> Callable[[torch.Tensor], torch.Ten
     if "checkpoint" in more:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids = ids.cuda()
         with torch.autocast("cuda", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)
-        read = torch.stack([loss.detach(), norm])
-        read.tolist()
         optimizer.step()
         optimizer.zero_grad()
-        return read
+        return loss.detach(), norm
 
     return step
+
+
+def run_steps(step: Step, batches: list[torch.Tensor]) -> list[list[float]]:
+    """Loss and gradient norm of each step, read as training/loop.py does: while the GPU has the next step to do."""
+    read, on_their_way = [], []
+    for ids in batches:
+        values = torch.stack(step(ids)).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        on_their_way.append((values, arrived))
+        if len(on_their_way) > 1:
+            values, arrived = on_their_way.pop(0)
+            arrived.synchronize()
+            read.append(values.tolist())
+    torch.cuda.synchronize()
+    return read + [values.tolist() for values, _ in on_their_way]
 
 
 def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
@@ -171,12 +185,10 @@ def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
     ]
     try:
         step = {"ours": our_step, "peft": peft_step}[side](build(dtype), more)
-        read = [step(ids) for ids in batches[:WARM_UP]]
-        torch.cuda.synchronize()
+        read = run_steps(step, batches[:WARM_UP])
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        read += [step(ids) for ids in batches[WARM_UP:]]
-        torch.cuda.synchronize()
+        read += run_steps(step, batches[WARM_UP:])
     except torch.OutOfMemoryError as error:
         return {"error": str(error).splitlines()[0]}
     seconds = (time.perf_counter() - start) / (steps - WARM_UP)
@@ -185,8 +197,8 @@ def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
         "tokens_per_second": speed,
         "model_tflops": speed * flops_a_token(int(length)) / 1e12,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "losses": [values[0].item() for values in read],
-        "smallest_grad_norm": min(values[1].item() for values in read),
+        "losses": [loss for loss, _ in read],
+        "smallest_grad_norm": min(norm for _, norm in read),
     }
 
 

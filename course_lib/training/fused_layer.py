@@ -147,8 +147,11 @@ class FusedLayer:
                 _, normed, rstd = add_rms_norm(flat, None, norm.weight, norm.variance_epsilon)
                 parts[number] = normed.view(parts[number].shape)
                 rstds.append(rstd)
-        for part in parts[:2]:
-            rotate(part, part, at.cos, at.sin)
+            for part in parts[:2]:
+                rotate(part, part, at.cos, at.sin)
+        else:  # side by side, so that one launch turns both
+            both = projected[:, : self.qkv.outputs[1].stop].unflatten(1, (-1, self.head_dim))
+            rotate(both, both, at.cos, at.sin)
         return kept, rstds, parts
 
     def _from_heads(self, grads: list[torch.Tensor], kept: Kept, at: Positions) -> torch.Tensor:

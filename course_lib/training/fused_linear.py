@@ -21,6 +21,7 @@ from torch import nn
 
 from course_lib.training.flat import FlatParameter
 from course_lib.training.frozen import ALIGNMENT, FrozenLinears
+from course_lib.training.kernels import put_beside
 
 
 @dataclass
@@ -78,7 +79,13 @@ class FusedLinears:
         # one product for all A, and one scale, where no adapter drops its own share of the input
         alike = len({adapter.scaling for adapter in self.adapters}) == 1
         self.joint = alike and not any(adapter.dropout for adapter in self.adapters)
-        self.joined = joined if self.joint and bases[0].in_features % ALIGNMENT == 0 else None
+        one_rank = len(adapted) == len(layers) and len({adapter.b.shape[1] for adapter in self.adapters}) == 1
+        self.joined = joined if self.joint and one_rank and bases[0].in_features % ALIGNMENT == 0 else None
+        if self.joined == "forward":
+            self.b, _ = flat_b.views([_matrix(layer, "lora_B") for layer, _ in adapted])
+            sizes = torch.tensor([base.out_features for base in bases])
+            blocks = torch.arange(len(bases), dtype=torch.int32)
+            self.owner = blocks.repeat_interleave(sizes).to(self.b.device)
         self.frozen = FrozenLinears(
             bases,
             dtype=flat_a.compute.dtype,
@@ -175,18 +182,14 @@ class FusedLinears:
         return t
 
     def _whole(self) -> torch.Tensor:
-        """[W B] or [W; A]. Each B stands in the columns of its ranks and the rows of its outputs, and zeros elsewhere."""
+        """[W B] or [W; A]; each B stands in the rows of its outputs and the columns of its ranks, among zeros."""
         whole = self.frozen.whole()
         if self._written and self.frozen.lasting:
             return whole
         if self.joined == "backward":
             whole[self.frozen.rows :] = self.a
         else:
-            beside = whole[:, self.frozen.columns :]
-            if len(self.adapters) > 1 or self.adapters[0].b.shape != beside.shape:
-                beside.zero_()
-            for adapter in self.adapters:
-                beside[adapter.outputs, adapter.ranks] = adapter.b
+            put_beside(self.b, self.owner, whole[:, self.frozen.columns :])
         self._written = True
         return whole
 

@@ -113,6 +113,24 @@ def rotate(
     target.copy_(turned)
 
 
+def put_beside(b: torch.Tensor, owner: torch.Tensor, out: torch.Tensor) -> None:
+    """Stacked blocks as a block-diagonal matrix: row i of `b` goes to columns owner[i] · rank and on, the rest of `out` is zero.
+
+    Args:
+        b: shape (rows, rank), contiguous.
+        owner: int32, shape (rows,): which block a row is of.
+        out: shape (rows, blocks · rank), of any row stride.
+    """
+    rows, rank = b.shape
+    blocks = out.shape[1] // rank
+    if _on_gpu(b):
+        size = triton.next_power_of_2(out.shape[1])
+        _put_beside_kernel[(triton.cdiv(rows, 16),)](b, owner, out, out.stride(0), rows, out.shape[1], rank, block=size)
+        return
+    own = torch.arange(blocks, device=b.device)[None, :, None] == owner[:, None, None]
+    out.copy_((own * b[:, None, :]).view(rows, -1))
+
+
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up for gate and up side by side, shape (rows, 2 · width): shape (rows, width)."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -254,6 +272,16 @@ if triton is not None:
         end = target + row * target_row + head * target_head + at
         tl.store(end, (first.to(tl.float32) * c - second.to(tl.float32) * s).to(first.dtype), mask=inside)
         tl.store(end + half, (second.to(tl.float32) * c + first.to(tl.float32) * s).to(first.dtype), mask=inside)
+
+    @triton.jit
+    def _put_beside_kernel(b, owner, out, out_row, rows, width, rank, block: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64) * 16 + tl.arange(0, 16)
+        at = tl.arange(0, block)[None, :]
+        inside = (row < rows)[:, None] & (at < width)
+        first = tl.load(owner + row, mask=row < rows, other=0)[:, None] * rank
+        own = inside & (at >= first) & (at < first + rank)
+        values = tl.load(b + row[:, None] * rank + at - first, mask=own, other=0.0)
+        tl.store(out + row[:, None] * out_row + at, values, mask=inside)
 
     @triton.jit
     def _swiglu_kernel(gate_up, out, width, block: tl.constexpr):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,15 +92,24 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
     reset_peak_memory()
     done = first_step
     with run.training_mode(), interrupt_requested() as interrupted:
+        launched: _Launched | None = None
         for step in range(first_step, total_steps):
-            event = _step(run, step)
+            before, launched = launched, _launch(run, step)
+            if before:  # its figures are waited for while the GPU already has the next step to do
+                _tell(run, before)
+            if run.accelerator.device.type != "cuda":  # where a step is done when it has been launched
+                _tell(run, launched)
+                launched = None
             done = step + 1
-            if done % recipe.training.log_every == 0 or done == total_steps:
-                run.emit(event)
-            if _is_due(recipe.evaluation.every, done) and done < total_steps:
-                _evaluate(run, step=done)
             stop = interrupted()  # asked once: what is said below of a checkpoint must be true
-            if _is_due(recipe.training.checkpoint_every, done) or stop or done == total_steps:
+            evaluate = _is_due(recipe.evaluation.every, done) and done < total_steps
+            save = _is_due(recipe.training.checkpoint_every, done) or stop or done == total_steps
+            if launched and (evaluate or save):
+                _tell(run, launched)
+                launched = None
+            if evaluate:
+                _evaluate(run, step=done)
+            if save:
                 run.save_checkpoint(step=done)
             if stop:
                 break
@@ -114,8 +125,21 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
     return output
 
 
-def _step(run: Run, step: int) -> StepDone:
-    """One optimizer step: every micro-batch's loss is divided by the trained tokens of all of them."""
+@dataclass
+class _Launched:
+    """A step whose work has been given to the device."""
+
+    step: int
+    batches: list[dict[str, Any]]
+    trained_tokens: int
+    lr: float
+    figures: torch.Tensor  # loss of each micro-batch, gradient norm: on their way to the CPU
+    arrived: torch.cuda.Event | None
+    started: float
+
+
+def _launch(run: Run, step: int) -> _Launched:
+    """Give one optimizer step to the device: every micro-batch's loss is divided by the trained tokens of all of them."""
     started = time.perf_counter()
     accelerator, settings = run.accelerator, run.recipe.training
     batches = [run.batch(examples) for examples in run.plan.micro_batches(step)]
@@ -127,32 +151,54 @@ def _step(run: Run, step: int) -> StepDone:
         accelerator.backward(loss)
         losses.append(loss.detach())
     norm = accelerator.clip_grad_norm_(run.engine.trainable, settings.max_grad_norm)
-    # read together, once a step: each reading waits for the GPU
-    *loss_values, grad_norm = torch.stack([*losses, norm.to(losses[0])]).tolist()
-    for batch, value in zip(batches, loss_values, strict=True):
-        if not math.isfinite(value):
-            save_bad_batch(run.work_dir, step=step + 1, batch=batch, loss=value)
-    if grad_norm == 0:
-        raise CourseError(
-            f"step {step + 1}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels"
-        )
+    figures = torch.stack([*losses, norm.to(losses[0])]).to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event() if accelerator.device.type == "cuda" else None
+    if arrived:
+        arrived.record()
     lr = run.schedule.get_last_lr()[0]
     run.optimizer.step()
     run.schedule.step()
     run.engine.after_step()
     run.optimizer.zero_grad(set_to_none=isinstance(run.engine, PlainEngine))  # flat gradients keep their place
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    return StepDone(
-        step=step + 1,
-        total_steps=run.plan.total_steps,
-        epoch=(step + 1) / run.plan.steps_per_epoch,
-        loss=sum(loss_values),
-        lr=lr,
-        grad_norm=grad_norm,
-        tokens=tokens,
-        trained_tokens=total_trained,
-        tokens_per_second=tokens / (time.perf_counter() - started),
-        memory_bytes=peak_memory_bytes(),
+    return _Launched(step + 1, batches, total_trained, lr, figures, arrived, started)
+
+
+def _tell(run: Run, launched: _Launched) -> None:
+    """Wait for a step's figures, check them and emit them.
+
+    Raises:
+        CourseError: the loss is no number, or the gradient is zero. No checkpoint has been saved since.
+    """
+    if launched.arrived:
+        launched.arrived.synchronize()
+    step, recipe = launched.step, run.recipe
+    *losses, grad_norm = launched.figures.tolist()
+    for batch, loss in zip(launched.batches, losses, strict=True):
+        if not math.isfinite(loss):
+            save_bad_batch(run.work_dir, step=step, batch=batch, loss=loss)
+    if grad_norm == 0:
+        raise CourseError(
+            f"step {step}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels"
+        )
+    now = time.perf_counter()
+    seconds = now - max(launched.started, run.last_told)  # a step may be launched before the one before it is done
+    run.last_told = now
+    if step % recipe.training.log_every and step != run.plan.total_steps:
+        return
+    tokens = sum(batch["input_ids"].numel() for batch in launched.batches)
+    run.emit(
+        StepDone(
+            step=step,
+            total_steps=run.plan.total_steps,
+            epoch=step / run.plan.steps_per_epoch,
+            loss=sum(losses),
+            lr=launched.lr,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            trained_tokens=launched.trained_tokens,
+            tokens_per_second=tokens / seconds,
+            memory_bytes=peak_memory_bytes(),
+        )
     )
 
 

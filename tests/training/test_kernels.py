@@ -14,6 +14,7 @@ from course_lib.training.kernels import (
     add_rms_norm,
     cross_entropy_,
     dequantise_nf4,
+    put_beside,
     rms_norm_backward,
     rotate,
     swiglu,
@@ -41,6 +42,13 @@ def test_rms_norm_and_its_gradient() -> None:
     by_x, again = rms_norm_backward(grad, total, weight, rstd, around)
     torch.testing.assert_close(by_x, leaf.grad)
     torch.testing.assert_close(again, normed)
+
+
+def test_blocks_are_put_on_the_diagonal() -> None:
+    blocks = [torch.randn(rows, 4) for rows in (5, 2, 9)]
+    out = torch.full((16, 20), 7.0)[:, :12]
+    put_beside(torch.cat(blocks), torch.tensor([0] * 5 + [1] * 2 + [2] * 9, dtype=torch.int32), out)
+    torch.testing.assert_close(out, torch.block_diag(*blocks))
 
 
 def test_without_a_second_addend_the_sum_is_the_input_itself() -> None:
@@ -93,6 +101,9 @@ def assert_nf4_as_bitsandbytes(device: str, nested: bool) -> None:
         inner = (state.state2.code, state.state2.absmax, state.offset.expand(len(state.state2.absmax)).contiguous())
     out = torch.empty_like(weight)
     dequantise_nf4(packed.flatten(), state.absmax, inner, state.code, out)
+    strided = out.new_empty(256, 192)[:, :128]
+    dequantise_nf4(packed.flatten(), state.absmax, inner, state.code, strided)
+    assert torch.equal(strided, out)
     torch.testing.assert_close(out, dequantize_4bit(packed, state), rtol=1e-2, atol=1e-6)  # one rounding may differ
     assert (out == dequantize_4bit(packed, state)).float().mean() > 0.999
 
@@ -125,10 +136,20 @@ def test_every_kernel_equals_its_plain_twin(twin: Callable[..., Any], dtype: tor
         made = add_rms_norm(x, second, weight, 1e-6)
         for one, other in zip(made, twin(add_rms_norm, x, second, weight, 1e-6)[0], strict=True):
             close(one, other)
+        strided = make(77, width + 64)[:, :width]
+        add_rms_norm(x, second, weight, 1e-6, out=strided)
+        close(strided, made[1])
     for beside in (around, None):
         backward = rms_norm_backward(grad, x, weight, made[2], beside)
         for one, other in zip(backward, twin(rms_norm_backward, grad, x, weight, made[2], beside)[0], strict=True):
             close(one, other)
+        strided = make(77, width + 64)[:, :width]
+        rms_norm_backward(grad, x, weight, made[2], beside, out=strided)
+        close(strided, backward[0])
+    blocks, owner = make(width, 24), torch.randint(3, (width,), device="cuda", dtype=torch.int32)
+    diagonal = make(width, 100)[:, :72]
+    put_beside(blocks, owner, diagonal)
+    close(diagonal, twin(put_beside, blocks, owner, make(width, 72))[1][2])
     heads = make(77, 7 * 64)[:, 64:].unflatten(1, (6, 64))
     cos, sin = (make(77, 32).repeat(1, 2) for _ in range(2))
     for back in (False, True):
