@@ -11,6 +11,7 @@ bfloat16), and what is kept in host memory: embedding, head, checkpoints, layers
 |---|---|
 | ours | `training/fused.py` and the same step as the loop's |
 | peft | transformers' own layers and loss under bf16 autocast, SDPA, gradient checkpointing without reentry |
+| trl, trl+liger | TRL's SFTTrainer as it comes, and with Liger's kernels, where they are installed (gpu_peers.py) |
 
 The first 5 steps warm up. Peak memory is what PyTorch allocated in the timed steps. Model FLOPs count the frozen products forward and
 by the input backward, causal attention once forward and 2.5 times backward, and LoRA; nothing for recomputing.
@@ -23,6 +24,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 RANK, WARM_UP = 64, 5
+SIDES = ("ours", "peft", "trl", "trl+liger")
 SETTINGS = (
     "nf4:2:2048",
     "nf4:4:2048:checkpoint",
@@ -184,15 +187,20 @@ def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
         torch.randint(0, SHAPE["vocab_size"], (int(rows), int(length)), generator=generator) for _ in range(steps)
     ]
     try:
-        step = {"ours": our_step, "peft": peft_step}[side](build(dtype), more)
-        read = run_steps(step, batches[:WARM_UP])
-        torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        read += run_steps(step, batches[WARM_UP:])
+        if side.startswith("trl"):
+            from gpu_peers import train_with_trl
+
+            read, seconds = train_with_trl(build(dtype), batches, more, warm_up=WARM_UP, liger=side == "trl+liger")
+        else:
+            step = {"ours": our_step, "peft": peft_step}[side](build(dtype), more)
+            read = run_steps(step, batches[:WARM_UP])
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            read += run_steps(step, batches[WARM_UP:])
+            seconds = time.perf_counter() - start
     except torch.OutOfMemoryError as error:
         return {"error": str(error).splitlines()[0]}
-    seconds = (time.perf_counter() - start) / (steps - WARM_UP)
-    speed = batches[0].numel() / seconds
+    speed = batches[0].numel() * (steps - WARM_UP) / seconds
     return {
         "tokens_per_second": speed,
         "model_tflops": speed * flops_a_token(int(length)) / 1e12,
@@ -210,11 +218,17 @@ def flops_a_token(length: int) -> float:
     return 4 * frozen + 3.5 * 4 * width * length / 2 * layers + 6 * lora
 
 
+def installed_sides() -> list[str]:
+    """Sides whose packages are here."""
+    needs = {"trl": ["trl"], "trl+liger": ["trl", "liger_kernel"]}
+    return [side for side in SIDES if all(find_spec(package) for package in needs.get(side, []))]
+
+
 def main() -> None:
     """Measure every setting on both sides, print the table, write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", default=(*SETTINGS, *SMALL))
-    parser.add_argument("--sides", nargs="+", default=["ours", "peft"], choices=["ours", "peft"])
+    parser.add_argument("--sides", nargs="+", default=installed_sides(), choices=SIDES)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_training.json"))
     arguments = parser.parse_args()
@@ -224,27 +238,31 @@ def main() -> None:
 
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "versions": versions, "settings": {}}
-    print(f"{'setting':68} {'side':6} {'tokens/s':>9} {'TFLOP/s':>8} {'peak GB':>8} {'first loss':>10} {'last':>8}")
+    print(f"{'setting':68} {'side':9} {'tokens/s':>9} {'TFLOP/s':>8} {'peak GB':>8} {'first loss':>10} {'last':>8}")
     for setting in arguments.settings:
         for side in arguments.sides:
-            if side == "peft" and {*setting.split(":")} & {*HOST}:
+            if side != "ours" and {*setting.split(":")} & {*HOST}:
                 continue
             found = result["settings"].setdefault(setting, {})[side] = measure(side, setting, arguments.steps)
             gc.collect()
             torch.cuda.empty_cache()
             if "error" in found:
-                print(f"{setting:68} {side:6} {found['error']}", flush=True)
+                print(f"{setting:68} {side:9} {found['error']}", flush=True)
                 continue
             print(
-                f"{setting:68} {side:6} {found['tokens_per_second']:9,.0f} {found['model_tflops']:8.0f} {found['peak_gb']:8.2f} "
+                f"{setting:68} {side:9} {found['tokens_per_second']:9,.0f} {found['model_tflops']:8.0f} {found['peak_gb']:8.2f} "
                 f"{found['losses'][0]:10.4f} {found['losses'][-1]:8.4f}",
                 flush=True,
             )
         sides = result["settings"][setting]
-        if all("losses" in side for side in sides.values()) and len(sides) == 2:
-            pairs = zip(sides["ours"]["losses"], sides["peft"]["losses"], strict=True)
-            sides["largest_loss_difference"] = max(abs(one - other) for one, other in pairs)
-            print(f"{setting:68} losses differ by at most {sides['largest_loss_difference']:.4f}", flush=True)
+        expected = sides.get("peft", {}).get("losses")
+        for side, found in sides.items():
+            if expected and side != "peft" and "losses" in found:
+                pairs = zip(found["losses"], expected, strict=True)
+                found["largest_loss_difference_to_peft"] = max(abs(one - other) for one, other in pairs)
+                print(
+                    f"{setting:68} {side:9} losses differ from peft's by at most {found['largest_loss_difference_to_peft']:.4f}"
+                )
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -120,6 +120,19 @@ def takes_edges(query: torch.Tensor) -> bool:
     return varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
+def describe_attention(*, flat: bool, device: torch.device, mixed_precision: str) -> str:
+    """Which attention a run's layers use, and why, for its log."""
+    if not flat:
+        return "scaled_dot_product_attention over padded rows (the model does not take its attention from transformers, or a window is shorter than a row)"
+    if device.type != "cuda":
+        return "scaled_dot_product_attention, once a sample (no GPU)"
+    if mixed_precision == "no":
+        return "scaled_dot_product_attention, once a sample (flash attention is for 16 bits)"
+    if varlen_attn is None:
+        return "scaled_dot_product_attention, once a sample (this PyTorch has no variable-length attention)"
+    return "variable-length flash attention over packs; cuDNN where all samples of a batch are of one length"
+
+
 AttentionInterface.register(SEGMENTS, segments_attention_forward)
 
 

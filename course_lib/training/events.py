@@ -20,6 +20,7 @@ class RunStarted:
     packs: int
     data: str
     engine: str  # which layers compute: fused, or the model's own and why
+    attention: str  # which attention they use, and why
     work_dir: Path
 
 

@@ -110,6 +110,7 @@ class TerminalProgress:
                 f"{event.trainable_parameters:,} of {event.parameters:,} parameters ({share:.2%})"
             )
             self._say(f"computed by {event.engine}")
+            self._say(f"attention by {event.attention}")
             if event.held_out_examples:
                 total = event.train_examples + event.held_out_examples
                 self._say(f"{event.held_out_examples} rows held out of {total}")

@@ -19,6 +19,7 @@ from course_lib.errors import CourseError
 from course_lib.evaluation import held_out_loss
 from course_lib.files import atomic_folder, lock
 from course_lib.recipe import Recipe
+from course_lib.training.attention import describe_attention
 from course_lib.training.checkpoint import remove_checkpoints, save_bad_batch
 from course_lib.training.events import HeldOutLoss, Listener, RunEnded, RunStarted, SampleAnswers, StepDone
 from course_lib.training.interrupt import Interrupted, interrupt_requested, interrupts_told
@@ -84,6 +85,9 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
             packs=len(run.plan.packs),
             data=run.dataset.report.summary(),
             engine=run.engine.description,
+            attention=describe_attention(
+                flat=run.flat, device=run.accelerator.device, mixed_precision=run.accelerator.mixed_precision
+            ),
             work_dir=run.work_dir,
         )
     )

@@ -296,9 +296,12 @@ def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_saving_resumes_bit_identical(make: Any, tmp_path: Path) -> None:
-    """SIGKILL in the middle of a checkpoint: the half-written one is not taken for whole."""
-    recipe = make(training={"max_steps": 8, "checkpoint_every": 2})
+@pytest.mark.parametrize("dtype", ["float32", "nf4"])
+def test_a_run_killed_while_saving_resumes_bit_identical(make: Any, tmp_path: Path, dtype: str) -> None:
+    """SIGKILL at step 10 of 20, in the middle of a checkpoint: the half-written one is not taken for whole."""
+    recipe = make(
+        model={"dtype": dtype, "double_quant": False}, training={"max_steps": 20, "epochs": 10, "checkpoint_every": 5}
+    )
     straight = train(recipe, work_dir=tmp_path / "straight")
     recipe.save(tmp_path / "recipe.yaml")
     script = (
@@ -306,14 +309,14 @@ def test_a_run_killed_while_saving_resumes_bit_identical(make: Any, tmp_path: Pa
         "save = torch.save\n"
         "def kill(value, path):\n"
         "    save(value, path)\n"
-        "    if value['step'] == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if value['step'] == 10: os.kill(os.getpid(), signal.SIGKILL)\n"
         "torch.save = kill\n"
         "from course_lib import load_recipe, train\n"
         f"train(load_recipe({str(tmp_path / 'recipe.yaml')!r}), work_dir={str(tmp_path / 'killed')!r})\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert ended.returncode == -signal.SIGKILL
-    assert [step for step, _ in checkpoints(tmp_path / "killed")] == [2, 4]
+    assert [step for step, _ in checkpoints(tmp_path / "killed")] == [5]
     time.sleep(0.1)
     resumed = train(recipe, work_dir=tmp_path / "killed", resume=True)
     assert adapter_bytes(resumed) == adapter_bytes(straight)

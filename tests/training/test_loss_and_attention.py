@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from course_lib.data.collate import flatten, pad
 from course_lib.data.tokenize import IGNORE_INDEX, Example
 from course_lib.models import load_model
-from course_lib.training.attention import SEGMENTS, attention, segments_attention_forward, supports_segments
+from course_lib.training.attention import (
+    SEGMENTS,
+    attention,
+    describe_attention,
+    segments_attention_forward,
+    supports_segments,
+)
+from course_lib.training.listeners import read_metrics
+from course_lib.training.loop import train
 from course_lib.training.loss import supervised_loss, trained_tokens
 
 
@@ -117,3 +125,13 @@ def test_trained_tokens_of_a_batch(examples: list[Example]) -> None:
         == trained_tokens(pad(examples, pad_token_id=0))
         == sum(e.trained_tokens for e in examples)
     )
+
+
+def test_the_log_says_which_attention_runs_and_why(make: Any, tmp_path: Path) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert "padded" in describe_attention(flat=False, device=gpu, mixed_precision="bf16")
+    assert "no GPU" in describe_attention(flat=True, device=cpu, mixed_precision="no")
+    assert "16 bits" in describe_attention(flat=True, device=gpu, mixed_precision="no")
+    assert "variable-length" in describe_attention(flat=True, device=gpu, mixed_precision="bf16")
+    train(make(training={"max_steps": 1}), work_dir=tmp_path / "run")
+    assert "once a sample (no GPU)" in read_metrics(tmp_path / "run")[0]["attention"]

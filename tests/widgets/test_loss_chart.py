@@ -26,7 +26,7 @@ def step(number: int, loss: float) -> StepDone:
 @pytest.fixture
 def chart() -> LossChart:
     chart = LossChart()
-    chart(RunStarted(0, 3, 1, 10, 4, 1, 4, "4 rows", "fused layers", Path("work")))
+    chart(RunStarted(0, 3, 1, 10, 4, 1, 4, "4 rows", "fused layers", "segments", Path("work")))
     return chart
 
 
@@ -55,7 +55,7 @@ def test_quick_steps_are_sent_together(chart: LossChart) -> None:
 
 def test_a_second_run_starts_the_chart_anew(chart: LossChart) -> None:
     chart(step(3, 1.0))
-    chart(RunStarted(0, 5, 1, 10, 4, 1, 4, "4 rows", "fused layers", Path("work")))
+    chart(RunStarted(0, 5, 1, 10, 4, 1, 4, "4 rows", "fused layers", "segments", Path("work")))
     assert chart.points == []
     assert chart.total_steps == 5
 
