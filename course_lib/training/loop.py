@@ -129,6 +129,29 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
     return output
 
 
+class _Clock:
+    """Seconds between two points of the work given to a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self.times = [time.perf_counter(), 0.0]
+        if self.events:
+            self.events[0].record()
+
+    def stop(self) -> None:
+        """The second point."""
+        self.times[1] = time.perf_counter()
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Waits until the device is past the second point."""
+        if not self.events:
+            return self.times[1] - self.times[0]
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1000
+
+
 @dataclass
 class _Launched:
     """A step whose work has been given to the device."""
@@ -138,14 +161,13 @@ class _Launched:
     trained_tokens: int
     lr: float
     figures: torch.Tensor  # loss of each micro-batch, gradient norm: on their way to the CPU
-    arrived: torch.cuda.Event | None
-    started: float
+    clock: _Clock
 
 
 def _launch(run: Run, step: int) -> _Launched:
     """Give one optimizer step to the device: every micro-batch's loss is divided by the trained tokens of all of them."""
-    started = time.perf_counter()
     accelerator, settings = run.accelerator, run.recipe.training
+    clock = _Clock(accelerator.device)
     batches = [run.batch(examples) for examples in run.plan.micro_batches(step)]
     total_trained = sum(map(trained_tokens, batches))
     losses = []
@@ -156,15 +178,13 @@ def _launch(run: Run, step: int) -> _Launched:
         losses.append(loss.detach())
     norm = accelerator.clip_grad_norm_(run.engine.trainable, settings.max_grad_norm)
     figures = torch.stack([*losses, norm.to(losses[0])]).to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event() if accelerator.device.type == "cuda" else None
-    if arrived:
-        arrived.record()
     lr = run.schedule.get_last_lr()[0]
     run.optimizer.step()
     run.schedule.step()
     run.engine.after_step()
     run.optimizer.zero_grad(set_to_none=isinstance(run.engine, PlainEngine))  # flat gradients keep their place
-    return _Launched(step + 1, batches, total_trained, lr, figures, arrived, started)
+    clock.stop()
+    return _Launched(step + 1, batches, total_trained, lr, figures, clock)
 
 
 def _tell(run: Run, launched: _Launched) -> None:
@@ -173,8 +193,7 @@ def _tell(run: Run, launched: _Launched) -> None:
     Raises:
         CourseError: the loss is no number, or the gradient is zero. No checkpoint has been saved since.
     """
-    if launched.arrived:
-        launched.arrived.synchronize()
+    seconds = launched.clock.seconds()  # waits until the step is done
     step, recipe = launched.step, run.recipe
     *losses, grad_norm = launched.figures.tolist()
     for batch, loss in zip(launched.batches, losses, strict=True):
@@ -184,9 +203,6 @@ def _tell(run: Run, launched: _Launched) -> None:
         raise CourseError(
             f"step {step}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels"
         )
-    now = time.perf_counter()
-    seconds = now - max(launched.started, run.last_told)  # a step may be launched before the one before it is done
-    run.last_told = now
     if step % recipe.training.log_every and step != run.plan.total_steps:
         return
     tokens = sum(batch["input_ids"].numel() for batch in launched.batches)

@@ -55,7 +55,6 @@ class Run:
     schedule: LRScheduler
     flat: bool  # rows without padding; else padded rectangles
     listeners: list[Listener] = field(default_factory=list)
-    last_told: float = 0.0  # when the figures of a step were last there, in seconds of time.perf_counter
     # (examples, tokens of the first) of earlier micro-batches
     shapes: set[tuple[int, int]] = field(default_factory=set)
 
