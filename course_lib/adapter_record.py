@@ -10,6 +10,7 @@ from typing import Any
 
 from course_lib.errors import InputError
 from course_lib.files import read_json
+from course_lib.internlm.layout import layout_of
 
 RECORD_FILE = "course.json"  # beside peft's files
 EMBEDDING_NAMES = (
@@ -73,7 +74,10 @@ def check_adapter(adapter_folder: str | Path, base_folder: str | Path) -> None:
             was, now = f"{owner} ({expected})", f"{base} ({actual})"
             raise InputError(f"adapter {adapter} was trained on {was}, this is {now}; load it on that base")
         return
-    config, shapes = read_json(base / "config.json"), {name: _shape(tensor) for name, tensor in _tensors(base).items()}
+    config, layout = read_json(base / "config.json"), layout_of(read_json(base / "config.json"))
+    shapes = {name: _shape(tensor) for name, tensor in _tensors(base).items()}
+    for stored, shape in [*shapes.items()]:  # an adapter may go by the model's names or by those of the checkpoint
+        shapes |= zip(layout.names(stored), layout.shapes(stored, shape), strict=True)
     if "lm_head.weight" not in shapes and config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = next((shape for name, shape in shapes.items() if name.endswith(EMBEDDING_NAMES)), [])
     packed = "quantization_config" in config  # then the shapes on disk are not those of the matrices

@@ -250,6 +250,19 @@ def _renders_alike(candidate: ChatTemplate, own: ChatTemplate, tokenizer: PreTra
     return all(_outcome(candidate, tokenizer, *probe) == _outcome(own, tokenizer, *probe) for probe in _PROBES)
 
 
+def extends(candidate: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template writes whatever the tokenizer's own one writes, and may write more (a system turn, tools).
+
+    True also where the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        return True
+    own = ChatTemplate(name="the tokenizer's own", source=tokenizer.chat_template, stop_texts=())
+    outcomes = [(_outcome(own, tokenizer, *probe), _outcome(candidate, tokenizer, *probe)) for probe in _PROBES]
+    written = [(text, other) for text, other in outcomes if text is not None]
+    return bool(written) and all(text == other for text, other in written)
+
+
 def _outcome(
     template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, messages: Any, tools: Tools | None, prompt: bool
 ) -> str | None:
