@@ -210,7 +210,9 @@ def merge(
 def export_original(
     adapter: Path,
     out: Path,
-    base: Annotated[str | None, typer.Option(help="the base's name or folder; default: the one the adapter names")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the base's name or folder; default: the one the adapter names")
+    ] = None,
 ) -> None:
     """Write an InternLM adapter for the module names of its own code, as XTuner and lmdeploy load it; prints the folder."""
     from course_lib.internlm.adapter import export_original

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from course_lib import fetch as fetching
-from course_lib.adapter_record import check_adapter, weight_files
+from course_lib.adapter_record import check_adapter, tensor_shapes, weight_files
 from course_lib.errors import CourseError, InputError, did_you_mean
 from course_lib.files import read_json
 from course_lib.internlm import is_internlm
@@ -189,6 +189,9 @@ def load_model(
 
         register()
         trust_remote_code = False
+        tensor_shapes(
+            folder
+        )  # what transformers says of a matrix that it cannot take apart names neither file nor tensor
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise InputError(f"{folder}: needs the Python code in its folder; read it, then set trust_remote_code")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,6 +223,7 @@ def load_model(
                 device_map={"": device},
                 attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # to name them below
                 output_loading_info=True,
             )
             if adapter is not None:
@@ -227,7 +231,7 @@ def load_model(
 
                 from course_lib.internlm.adapter import adapter_for_llama
 
-                with adapter_for_llama(Path(adapter), config) as ready:
+                with adapter_for_llama(Path(adapter), folder) as ready:
                     model = PeftModel.from_pretrained(model, str(ready), torch_device=device).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise CourseError(
@@ -238,8 +242,13 @@ def load_model(
     except Exception as error:  # safetensors, tokenizers and bitsandbytes each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: cannot be loaded as {dtype} on {device} ({reason})") from error
+    if mismatched := report["mismatched_keys"]:
+        name, found, expected = min(mismatched)
+        raise InputError(
+            f"{folder}: tensor {name} is {list(found)}, and by config.json {list(expected)}; fetch it again"
+        )
     if missing := report["missing_keys"]:
-        name = layout_of(config).stored_name(min(missing))
+        name = layout_of(folder).stored_name(min(missing))
         raise InputError(f"{folder}: tensor {name} is missing; the folder is incomplete: fetch it again")
     return model, tokenizer
 

@@ -74,7 +74,7 @@ def named_template(name: str) -> ChatTemplate:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatTemplate:
-    """Return the named template, or for `auto` the tokenizer's own, by its marked twin where there is one.
+    """Return the named template, or for `auto` the tokenizer's own: as the named one that it is, or whose marked twin it is.
 
     A twin writes the same text as the tokenizer's own template with and without a system turn, over several turns,
     around white space, and with tools: what has a form for tools in one must have the same form in the other.
@@ -91,10 +91,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> C
         )
     stop_texts = (tokenizer.eos_token,) if tokenizer.eos_token else ()
     template = ChatTemplate(name="the tokenizer's own", source=own, stop_texts=stop_texts)
-    if template.marked:
-        return template
     for candidate in map(named_template, STOP_TEXTS):
-        if _renders_alike(candidate, template, tokenizer):
+        if candidate.source == own or (not template.marked and _renders_alike(candidate, template, tokenizer)):
             return candidate
     return template
 

@@ -77,11 +77,11 @@ def merge(
     limit = _parse_size(max_shard_size)
     _check_out(target, [base, adapter], overwrite=overwrite)
     config = read_json(base / "config.json")
-    lora, trained = llama_names(adapter, config)
+    lora, trained = llama_names(adapter, base)
     _check_plain_lora(lora, adapter)
     record = read_record(adapter)
     stored = stored_tensors(base, quantised="quantization_config" in config)
-    layout = layout_of(config)
+    layout = layout_of(base)
     parameters = {
         name: Stored(tensor.file, shape, tensor.dtype)
         for stored_name, tensor in stored.items()

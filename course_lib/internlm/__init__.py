@@ -12,6 +12,5 @@ FAMILIES = ("internlm", "internlm2", "internlm3")  # `model_type` in config.json
 
 
 def is_internlm(config: dict[str, Any]) -> bool:
-    """Whether a config.json is of a causal language model of these families (reward models have another head)."""
-    names = config.get("architectures") or ["InternLMForCausalLM"]
-    return config.get("model_type") in FAMILIES and all(name.endswith("ForCausalLM") for name in names)
+    """Whether a config.json is of one of these families."""
+    return config.get("model_type") in FAMILIES

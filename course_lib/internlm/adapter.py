@@ -78,7 +78,7 @@ def export_original(
             f"{folder}: is no InternLM but of type {settings.get('model_type')}, whose module names stay as they are"
         )
     file_to_write(target, overwrite=overwrite)
-    lora, tensors = original_names(adapter, settings)
+    lora, tensors = original_names(adapter, folder)
     with atomic_folder(target) as new:
         _save(lora, tensors, new)
         if (adapter / RECORD_FILE).is_file():
@@ -86,42 +86,40 @@ def export_original(
     return Path(out)
 
 
-def llama_names(adapter: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def llama_names(adapter: Path, base: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return an adapter's settings and tensors as they are for transformers' Llama, whichever names it is saved under.
-
-    `config` is the base's config.json.
 
     Raises:
         InputError: the adapter is saved under the original names of InternLM2 and is no plain LoRA.
     """
-    settings, tensors, layout = read_json(adapter / CONFIG), _tensors(adapter), layout_of(config)
+    settings, tensors, layout = read_json(adapter / CONFIG), _tensors(adapter), layout_of(base)
     if not _under_original_names(tensors, layout):
         return settings, tensors
-    converted = _to_llama(_parse(adapter, settings, tensors), layout, layers=config["num_hidden_layers"])
+    converted = _to_llama(_parse(adapter, settings, tensors), layout, layers=_layers(base))
     return converted.config, _keyed(converted)
 
 
-def original_names(adapter: Path, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def original_names(adapter: Path, base: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return an adapter's settings and tensors as they are for the modules of the checkpoint's own code.
 
     Raises:
         InputError: InternLM2's names differ and the adapter is no plain LoRA.
     """
-    settings, tensors, layout = read_json(adapter / CONFIG), _tensors(adapter), layout_of(config)
+    settings, tensors, layout = read_json(adapter / CONFIG), _tensors(adapter), layout_of(base)
     if not isinstance(layout, InternLM2Layout) or _under_original_names(tensors, layout):
         return settings, tensors
-    converted = _to_original(_parse(adapter, settings, tensors), layout, layers=config["num_hidden_layers"])
+    converted = _to_original(_parse(adapter, settings, tensors), layout, layers=_layers(base))
     return converted.config, _keyed(converted)
 
 
 @contextmanager
-def adapter_for_llama(adapter: Path, config: dict[str, Any]) -> Iterator[Path]:
+def adapter_for_llama(adapter: Path, base: Path) -> Iterator[Path]:
     """Yield a folder with the adapter under Llama's names: its own, or one that is gone after the block."""
-    if not _under_original_names(_tensors(adapter), layout_of(config)):
+    if not _under_original_names(_tensors(adapter), layout_of(base)):
         yield adapter
         return
     with tempfile.TemporaryDirectory() as temporary:
-        _save(*llama_names(adapter, config), Path(temporary))
+        _save(*llama_names(adapter, base), Path(temporary))
         yield Path(temporary)
 
 
@@ -279,6 +277,10 @@ def _parameter(key: str) -> tuple[str, str]:
 def _under_original_names(tensors: Iterable[str], layout: Layout) -> bool:
     names = (_parameter(key)[0] for key in tensors)
     return any(layout.names(name) != (name,) for name in names)
+
+
+def _layers(base: Path) -> int:
+    return read_json(base / "config.json")["num_hidden_layers"]
 
 
 def _tensors(adapter: Path) -> dict[str, torch.Tensor]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from course_lib.errors import InputError
+from course_lib.files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,11 @@ class Layout:
         return parts[0]
 
     def shapes(self, stored: str, shape: list[int]) -> list[list[int]]:
-        """Return the shapes of the parts, in the order of `names`."""
+        """Return the shapes of the parts, in the order of `names`.
+
+        Raises:
+            InputError: a tensor of this shape cannot be taken apart.
+        """
         return [shape]
 
 
@@ -87,17 +93,15 @@ class InternLM2Layout(Layout):
     def shapes(self, stored: str, shape: list[int]) -> list[list[int]]:
         if not _has(stored, FUSED):
             return [shape]
-        self._check_rows(shape[0])
+        if shape[0] % sum(self.heads):
+            raise InputError(
+                f"{stored} has {shape[0]} rows, which are not those of {sum(self.heads)} heads; fetch the model again"
+            )
         head_dim = shape[0] // sum(self.heads)
         return [[heads * head_dim, *shape[1:]] for heads in self.heads]
 
     def split_rows(self, fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Take the rows of `wqkv`, shape (kv_heads · (queries + 2) · head_dim, …), apart into those of q, k and v.
-
-        Raises:
-            InputError: the rows are not those of so many heads.
-        """
-        self._check_rows(len(fused))
+        """Take the rows of `wqkv`, shape (kv_heads · (queries + 2) · head_dim, …), apart into those of q, k and v."""
         queries = self.query_heads // self.kv_heads
         groups = fused.unflatten(0, (self.kv_heads, queries + 2, -1))
         return tuple(part.flatten(0, 2) for part in groups.split([queries, 1, 1], dim=1))
@@ -112,25 +116,22 @@ class InternLM2Layout(Layout):
         ]
         return torch.cat(groups, dim=1).flatten(0, 2)
 
-    def _check_rows(self, rows: int) -> None:
-        if rows % sum(self.heads):
-            raise InputError(f"{FUSED} has {rows} rows, which are not those of {sum(self.heads)} heads of one size")
 
-
-def layout_of(config: dict[str, Any]) -> Layout:
-    """Return the layout of the checkpoint that a config.json describes.
+def layout_of(folder: str | Path) -> Layout:
+    """Return the layout of the checkpoint in a model's folder.
 
     Raises:
-        InputError: an InternLM2 config.json without its numbers of heads.
+        InputError: config.json is missing or damaged, or of an InternLM2 without its numbers of heads.
     """
+    config = read_json(Path(folder) / "config.json")
     if config.get("model_type") != "internlm2":
         return Layout()
     query_heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or query_heads
     if not isinstance(query_heads, int) or not isinstance(kv_heads, int) or kv_heads < 1 or query_heads % kv_heads:
         raise InputError(
-            f"config.json: num_attention_heads {query_heads!r} and num_key_value_heads {kv_heads!r} are no heads in groups; "
-            "fetch the model again"
+            f"{folder}: num_attention_heads {query_heads!r} and num_key_value_heads {kv_heads!r} in config.json are no heads in "
+            "groups; fetch the model again"
         )
     return InternLM2Layout(query_heads=query_heads, kv_heads=kv_heads)
 

@@ -19,7 +19,6 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from course_lib.errors import InputError
 from course_lib.internlm.layout import FUSED, PARTS, RENAMED, InternLM2Layout
 
 ROPE_TYPES = ("default", "dynamic", "linear")  # of the three families' code
@@ -42,9 +41,9 @@ class _Config(LlamaConfig):
         super().__post_init__(**kwargs)
         kind = self.rope_parameters["rope_type"]
         if kind not in ROPE_TYPES:
-            raise InputError(
-                f"config.json: rope_scaling of type {kind!r} is unknown: {', '.join(ROPE_TYPES)} are known"
-            )
+            raise ValueError(f"rotary embedding of type {kind!r} is unknown: {', '.join(ROPE_TYPES)} are known")
+        if self.architectures and self.architecture not in self.architectures:
+            raise ValueError(f"{self.architectures[0]} is no {self.architecture}, and only that is known")
 
     def to_dict(self) -> dict[str, Any]:
         written = super().to_dict()
@@ -105,10 +104,7 @@ class InternLM3Config(_Config):
     def __post_init__(self, **kwargs: Any) -> None:
         self.mlp_bias, self.attention_bias = kwargs.pop("bias", False), kwargs.pop("qkv_bias", False)
         if self.mlp_bias != self.attention_bias:
-            raise InputError(
-                f"config.json: bias {self.mlp_bias} with qkv_bias {self.attention_bias} is no Llama, and only such InternLM3 "
-                "models are known"
-            )
+            raise ValueError(f"bias {self.mlp_bias} with qkv_bias {self.attention_bias} makes it no Llama")
         super().__post_init__(**kwargs)
 
     def _own_keys(self) -> dict[str, Any]:
