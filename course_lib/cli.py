@@ -214,7 +214,7 @@ def export_original(
         str | None, typer.Option(help="the base's name or folder; default: the one the adapter names")
     ] = None,
 ) -> None:
-    """Write an InternLM adapter for the module names of its own code, as XTuner and lmdeploy load it; prints the folder."""
+    """Write an InternLM adapter for the module names of its own code; prints the folder."""
     from course_lib.internlm.adapter import export_original
 
     print(export_original(adapter, out, base=base))

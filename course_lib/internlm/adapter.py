@@ -54,7 +54,7 @@ class _Adapter:
 def export_original(
     adapter: str | Path, out: str | Path, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Path:
-    """Write an adapter for the module names of the InternLM code on the Hub, as XTuner, lmdeploy and vLLM load it; return `out`.
+    """Write an adapter for the module names of the InternLM code on the Hub, for programs that run that code; return `out`.
 
     `base` is a model's name or folder; by default the one that the adapter names. Of InternLM2, q, k and v become one LoRA of
     three times the rank on `wqkv`; of InternLM and InternLM3 nothing changes but the folder.
@@ -65,9 +65,7 @@ def export_original(
         CourseError: the disk is full.
     """
     adapter, target = Path(adapter).expanduser(), Path(out).expanduser()
-    named = base or read_record(adapter).get("base")
-    if not named and (adapter / CONFIG).is_file():
-        named = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    named = base or read_record(adapter).get("base") or read_json(adapter / CONFIG).get("base_model_name_or_path")
     if not named:
         raise InputError(f"{adapter}: does not say which base it belongs to; name it with --base")
     folder = model_folder(named, fetch_missing=False)

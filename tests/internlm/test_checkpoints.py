@@ -258,20 +258,20 @@ def test_merging_touches_only_the_rows_that_were_trained(checkpoint: Callable[..
             assert not changed.any()
 
 
+def two_steps(folder: Path, lora: dict[str, int] | None, **training: Any) -> Any:
+    rows = folder / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"instruction": f"hello {n}", "output": "你好 world"}) for n in range(4)))
+    steps = {"batch_size": 2, "lr": 5e-3, "max_steps": 2, "epochs": 4, **training}
+    data = {"path": str(rows), "max_length": 256, "packing": "none"}
+    return make_recipe(
+        {"model": {"name": str(folder), "dtype": "float32"}, "lora": lora, "data": data, "training": steps}
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_of_two_steps(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint(family)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"instruction": f"hello {n}", "output": "你好 world"}) for n in range(4)))
-    recipe = make_recipe(
-        {
-            "model": {"name": str(folder), "dtype": "float32"},
-            "lora": {"r": 4, "alpha": 8},
-            "data": {"path": str(rows), "max_length": 256, "packing": "best-fit"},
-            "training": {"batch_size": 1, "lr": 5e-3, "max_steps": 2, "epochs": 4},
-        }
-    )
-    adapter = train(recipe, work_dir=tmp_path / "run")
+    adapter = train(two_steps(folder, {"r": 4, "alpha": 8}), work_dir=tmp_path / "run")
     model, _ = load_model(folder, adapter=adapter)
     expected = logits(model)
     assert largest(expected, logits(load_model(folder)[0])) > 1e-4
@@ -280,6 +280,17 @@ def test_a_run_of_two_steps(family: str, checkpoint: Callable[..., Path], tmp_pa
     other = checkpoint(family, "other", seed=1)
     with pytest.raises(InputError, match="was trained on"):
         load_model(other, adapter=adapter)
+
+
+def test_a_run_on_all_weights_goes_on_from_its_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("internlm2")
+    whole = train(two_steps(folder, None, checkpoint_every=1), work_dir=tmp_path / "run")
+    expected, first = read(whole), tmp_path / "run" / "checkpoint-000001"
+    assert set(expected) == set(random_tensors(settings(folder)))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-000002")
+    assert first.is_dir()
+    again = read(train(two_steps(folder, None, checkpoint_every=1), work_dir=tmp_path / "run", resume=True))
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
