@@ -13,13 +13,16 @@ import torch
 from reference import random_tensors, reference_logits, save_checkpoint
 from safetensors.torch import load_file
 
+from course_lib.data.templates import choose_template
+from course_lib.data.tokenize import encode_conversation
 from course_lib.errors import InputError
 from course_lib.export.merge import merge
 from course_lib.internlm.layout import layout_of
-from course_lib.models import load_model
+from course_lib.models import load_model, load_tokenizer
 from course_lib.recipe import LoraSettings, make_recipe
 from course_lib.training.adapters import add_lora
 from course_lib.training.fused import why_not_fused
+from course_lib.training.listeners import read_metrics
 from course_lib.training.loop import train
 
 FAMILIES = ["internlm", "internlm2", "internlm3"]
@@ -258,9 +261,12 @@ def test_merging_touches_only_the_rows_that_were_trained(checkpoint: Callable[..
             assert not changed.any()
 
 
+ROW = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "你好 world"}]}
+
+
 def two_steps(folder: Path, lora: dict[str, int] | None, **training: Any) -> Any:
     rows = folder / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"instruction": f"hello {n}", "output": "你好 world"}) for n in range(4)))
+    rows.write_text("\n".join([json.dumps(ROW)] * 4))
     steps = {"batch_size": 2, "lr": 5e-3, "max_steps": 2, "epochs": 4, **training}
     data = {"path": str(rows), "max_length": 256, "packing": "none"}
     return make_recipe(
@@ -268,10 +274,22 @@ def two_steps(folder: Path, lora: dict[str, int] | None, **training: Any) -> Any
     )
 
 
+def reference_loss(folder: Path) -> float:
+    """The mean cross entropy of the row's trained tokens before any training."""
+    tokenizer = load_tokenizer(folder)
+    example = encode_conversation(ROW, choose_template(tokenizer), tokenizer)
+    config = settings(folder)
+    predicted = reference_logits(config, random_tensors(config), torch.tensor(example.input_ids))[:-1]
+    return torch.nn.functional.cross_entropy(predicted, torch.tensor(example.labels[1:])).item()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_of_two_steps(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint(family)
     adapter = train(two_steps(folder, {"r": 4, "alpha": 8}), work_dir=tmp_path / "run")
+    losses = [event["loss"] for event in read_metrics(tmp_path / "run") if event["event"] == "StepDone"]
+    assert losses[0] == pytest.approx(reference_loss(folder), rel=1e-4)
+    assert losses[1] < losses[0]
     model, _ = load_model(folder, adapter=adapter)
     expected = logits(model)
     assert largest(expected, logits(load_model(folder)[0])) > 1e-4
