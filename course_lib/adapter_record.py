@@ -10,6 +10,7 @@ from typing import Any
 
 from course_lib.errors import InputError
 from course_lib.files import read_json
+from course_lib.internlm.layout import layout_of
 
 RECORD_FILE = "course.json"  # beside peft's files
 EMBEDDING_NAMES = (
@@ -73,7 +74,7 @@ def check_adapter(adapter_folder: str | Path, base_folder: str | Path) -> None:
             was, now = f"{owner} ({expected})", f"{base} ({actual})"
             raise InputError(f"adapter {adapter} was trained on {was}, this is {now}; load it on that base")
         return
-    config, shapes = read_json(base / "config.json"), {name: _shape(tensor) for name, tensor in _tensors(base).items()}
+    config, shapes = read_json(base / "config.json"), tensor_shapes(base)
     if "lm_head.weight" not in shapes and config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = next((shape for name, shape in shapes.items() if name.endswith(EMBEDDING_NAMES)), [])
     packed = "quantization_config" in config  # then the shapes on disk are not those of the matrices
@@ -91,6 +92,21 @@ def check_adapter(adapter_folder: str | Path, base_folder: str | Path) -> None:
         raise InputError(
             f"adapter {adapter} does not fit {base}: {name} {lora} is for {module}, {found}; load it on {owner}"
         )
+
+
+def tensor_shapes(folder: str | Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor of a model, by its name in the files and by the model's, where that is another.
+
+    Raises:
+        InputError: a file is missing or damaged, or a tensor cannot be that of such a model.
+    """
+    layout, shapes = layout_of(folder), {name: _shape(tensor) for name, tensor in _tensors(Path(folder)).items()}
+    for stored, shape in [*shapes.items()]:
+        try:
+            shapes |= zip(layout.names(stored), layout.shapes(stored, shape), strict=True)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+    return shapes
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -26,9 +26,11 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="The models the course knows.")
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
+export_app = typer.Typer(no_args_is_help=True, help="Models and adapters in other programs' forms.")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(export_app, name="export")
 
 ScaleOption = Annotated[
     str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")
@@ -202,6 +204,20 @@ def merge(
     from course_lib.export.merge import merge
 
     print(merge(base, adapter, out, max_shard_size=max_shard_size, dtype=dtype))
+
+
+@export_app.command("original")
+def export_original(
+    adapter: Path,
+    out: Path,
+    base: Annotated[
+        str | None, typer.Option(help="the base's name or folder; default: the one the adapter names")
+    ] = None,
+) -> None:
+    """Write an InternLM adapter for the module names of its own code; prints the folder."""
+    from course_lib.internlm.adapter import export_original
+
+    print(export_original(adapter, out, base=base))
 
 
 @app.command()

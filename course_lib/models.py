@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from course_lib import fetch as fetching
-from course_lib.adapter_record import check_adapter, weight_files
+from course_lib.adapter_record import check_adapter, tensor_shapes, weight_files
 from course_lib.errors import CourseError, InputError, did_you_mean
 from course_lib.files import read_json
+from course_lib.internlm import is_internlm
+from course_lib.internlm.layout import layout_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +52,6 @@ class ModelInfo:
     hub: str | None
     modelscope: str | None
     context: int
-    remote_code: bool = False
     wheel: Wheel | None = None
 
 
@@ -183,6 +184,14 @@ def load_model(
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BitsAndBytesConfig
 
+    if is_internlm(config):
+        from course_lib.internlm.model import register
+
+        register()
+        trust_remote_code = False
+        tensor_shapes(
+            folder
+        )  # what transformers says of a matrix that it cannot take apart names neither file nor tensor
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise InputError(f"{folder}: needs the Python code in its folder; read it, then set trust_remote_code")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -214,12 +223,16 @@ def load_model(
                 device_map={"": device},
                 attn_implementation="sdpa",
                 trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # to name them below
                 output_loading_info=True,
             )
             if adapter is not None:
                 from peft import PeftModel
 
-                model = PeftModel.from_pretrained(model, str(adapter), torch_device=device).eval()
+                from course_lib.internlm.adapter import adapter_for_llama
+
+                with adapter_for_llama(Path(adapter), folder) as ready:
+                    model = PeftModel.from_pretrained(model, str(ready), torch_device=device).eval()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise CourseError(
             f"{folder}: too large for the memory of {device} as {dtype}; try nf4 or a smaller model"
@@ -229,8 +242,14 @@ def load_model(
     except Exception as error:  # safetensors, tokenizers and bitsandbytes each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: cannot be loaded as {dtype} on {device} ({reason})") from error
+    if mismatched := report["mismatched_keys"]:
+        name, found, expected = min(mismatched)
+        raise InputError(
+            f"{folder}: tensor {name} is {list(found)}, and by config.json {list(expected)}; fetch it again"
+        )
     if missing := report["missing_keys"]:
-        raise InputError(f"{folder}: tensor {min(missing)} is missing; the folder is incomplete: fetch it again")
+        name = layout_of(folder).stored_name(min(missing))
+        raise InputError(f"{folder}: tensor {name} is missing; the folder is incomplete: fetch it again")
     return model, tokenizer
 
 
@@ -243,9 +262,17 @@ def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False)
     from transformers import AutoTokenizer
 
     folder = model_folder(name_or_path)
+    config = read_json(folder / "config.json")
     try:
         with fetching.quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if is_internlm(config):
+                from course_lib.internlm.tokenizer import internlm_tokenizer
+
+                tokenizer = internlm_tokenizer(folder, config["model_type"])
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason})") from error

@@ -83,7 +83,6 @@ def test_every_entry_is_whole() -> None:
         if name != "tiny":
             assert info.hub is not None
             assert info.hub.count("/") == 1
-        assert info.remote_code == name.startswith("internlm")
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:
@@ -434,7 +433,7 @@ def test_damaged_folders(tiny: Path, tmp_path: Path) -> None:
 
 def test_code_in_the_repository_needs_a_yes(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "internlm2"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "course_x"}
     config["auto_map"] = {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="trust_remote_code"):

@@ -74,7 +74,7 @@ def named_template(name: str) -> ChatTemplate:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatTemplate:
-    """Return the named template, or for `auto` the tokenizer's own, by its marked twin where there is one.
+    """Return the named template, or for `auto` the tokenizer's own: as the named one that it is, or whose marked twin it is.
 
     A twin writes the same text as the tokenizer's own template with and without a system turn, over several turns,
     around white space, and with tools: what has a form for tools in one must have the same form in the other.
@@ -91,10 +91,8 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> C
         )
     stop_texts = (tokenizer.eos_token,) if tokenizer.eos_token else ()
     template = ChatTemplate(name="the tokenizer's own", source=own, stop_texts=stop_texts)
-    if template.marked:
-        return template
     for candidate in map(named_template, STOP_TEXTS):
-        if _renders_alike(candidate, template, tokenizer):
+        if candidate.source == own or (not template.marked and _renders_alike(candidate, template, tokenizer)):
             return candidate
     return template
 
@@ -248,6 +246,19 @@ _PROBES: tuple[tuple[list[dict[str, Any]], list[dict[str, Any]] | None, bool], .
 
 def _renders_alike(candidate: ChatTemplate, own: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
     return all(_outcome(candidate, tokenizer, *probe) == _outcome(own, tokenizer, *probe) for probe in _PROBES)
+
+
+def extends(candidate: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template writes whatever the tokenizer's own one writes, and may write more (a system turn, tools).
+
+    True also where the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        return True
+    own = ChatTemplate(name="the tokenizer's own", source=tokenizer.chat_template, stop_texts=())
+    outcomes = [(_outcome(own, tokenizer, *probe), _outcome(candidate, tokenizer, *probe)) for probe in _PROBES]
+    written = [(text, other) for text, other in outcomes if text is not None]
+    return bool(written) and all(text == other for text, other in written)
 
 
 def _outcome(

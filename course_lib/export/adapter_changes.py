@@ -9,21 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from course_lib.errors import InputError
-from course_lib.files import read_json
+from course_lib.export.stored import Stored
+from course_lib.internlm import is_internlm
 
 if TYPE_CHECKING:
     import torch
 
-FLOAT_SIZES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-SIZES = {**FLOAT_SIZES, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-
-class Stored(NamedTuple):
-    """One tensor of the base on disk; `dtype` is safetensors' name for it, such as BF16."""
-
-    file: Path
-    shape: list[int]
-    dtype: str
+# what peft saves a LoRA matrix as: module, "embedding_" or nothing, A or B, ".weight", ".bias" or nothing
+LORA_KEY = r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight|\.bias)?"
 
 
 class Structure(NamedTuple):
@@ -53,6 +46,11 @@ def model_structure(
     from transformers import CONFIG_MAPPING
 
     quantised, dtype = set(), record.get("dtype")
+    if is_internlm(config):
+        from course_lib.internlm.model import register
+
+        register()
+        trust_remote_code = False
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         if dtype in ("nf4", "int8"):
             reason = f"which layers were {dtype} is known only to the model's own code in that folder"
@@ -95,12 +93,16 @@ def model_structure(
 
 
 def adapter_changes(
-    adapter: Path, trained: Any, lora: dict[str, Any], stored: dict[str, Stored], structure: Structure
+    adapter: Path,
+    trained: dict[str, torch.Tensor],
+    lora: dict[str, Any],
+    stored: dict[str, Stored],
+    structure: Structure,
 ) -> dict[str, Change]:
-    """Collect what the adapter does to each tensor of the base, by its name on disk, and check that it can. `trained` is its open file."""
+    """Collect what the adapter does to each tensor of the base, by its name on disk, and check that it can. `trained` are its tensors."""
     changes: dict[str, Change] = {}
-    for key in trained.keys():  # noqa: SIM118 (it is no mapping)
-        lora_key = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight|\.bias)?", key)
+    for key, tensor in trained.items():
+        lora_key = re.fullmatch(LORA_KEY, key)
         if lora_key:
             module, embedding, side, part = lora_key.groups()
             parameter, role = (f"{module}.bias", "bias") if part == ".bias" else (f"{module}.weight", side.lower())
@@ -113,9 +115,9 @@ def adapter_changes(
         if name not in stored:
             raise InputError(f"{adapter}: {key} is for {parameter}, but the base has no such tensor on disk")
         change = changes.setdefault(name, Change())
-        setattr(change, role, trained.get_tensor(key))
+        setattr(change, role, tensor)
         if lora_key:
-            change.scaling = _scaling(lora, module)
+            change.scaling = scaling_of(lora, module)
             # peft's flag tells of the layer that it wrapped: over a quantised Conv1D that is a plain linear one.
             conv1d = lora.get("fan_in_fan_out", False) if structure.conv1d is None else name in structure.conv1d
             change.transposed = bool(embedding) or conv1d  # an embedding is (vocabulary, width)
@@ -133,7 +135,7 @@ def _disk_name(parameter: str, stored: dict[str, Stored]) -> str | None:
     return longer[0] if len(longer) == 1 else None
 
 
-def _scaling(lora: dict[str, Any], module: str) -> float:
+def scaling_of(lora: dict[str, Any], module: str) -> float:
     """Return alpha / r, or alpha / sqrt(r) with rsLoRA. A pattern matches the end of a module's name, as in peft's `get_pattern_key`."""
 
     def setting(patterns: str, default: str) -> float:
@@ -154,37 +156,3 @@ def _check_shapes(name: str, change: Change, shape: list[int], adapter: Path) ->
     if wrong := [each for each in found if each != shape]:
         reason = f"changes {name} by a tensor of shape {wrong[0]}, but the base's is {shape}"
         raise InputError(f"{adapter}: {reason}; it is of another model, or of one whose vocabulary was resized")
-
-
-def stored_tensors(folder: Path, *, quantised: bool) -> dict[str, Stored]:
-    """List the tensors of a model folder without reading them, from the files that transformers would load."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    elif list(folder.glob("*.bin")):
-        how = "load the model with AutoModelForCausalLM.from_pretrained and save it with save_pretrained"
-        raise InputError(f"{folder}: its weights are pickled .bin files; convert them to safetensors first: {how}")
-    else:
-        raise InputError(f"{folder}: holds neither model.safetensors nor its index; fetch or save the model again")
-    stored: dict[str, Stored] = {}
-    for file in files:
-        with open_safetensors(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                view = opened.get_slice(name)
-                stored[name] = Stored(file, view.get_shape(), view.get_dtype())
-                if stored[name].dtype not in (FLOAT_SIZES if quantised else SIZES):
-                    kind = f"stores {name} quantised ({stored[name].dtype})"
-                    raise InputError(f"{folder}: {kind}; merge into the model that it was quantised from")
-    return stored
-
-
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file for reading on the CPU; a context manager."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}); fetch or save it again") from error

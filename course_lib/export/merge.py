@@ -19,17 +19,11 @@ from typing import TYPE_CHECKING, Any
 from course_lib.adapter_record import check_adapter, read_record
 from course_lib.data.templates import named_template
 from course_lib.errors import CourseError, InputError
-from course_lib.export.adapter_changes import (
-    FLOAT_SIZES,
-    SIZES,
-    Change,
-    Stored,
-    adapter_changes,
-    model_structure,
-    open_safetensors,
-    stored_tensors,
-)
+from course_lib.export.adapter_changes import Change, adapter_changes, model_structure
+from course_lib.export.stored import FLOAT_SIZES, SIZES, Stored, open_weights, stored_tensors
 from course_lib.files import atomic_folder, file_to_write, read_json
+from course_lib.internlm.adapter import llama_names
+from course_lib.internlm.layout import layout_of
 from course_lib.models import model_folder
 
 if TYPE_CHECKING:
@@ -73,7 +67,7 @@ def merge(
 
     Raises:
         InputError: the adapter is of another base or no plain LoRA; it changes a tied embedding or a tensor the base does not have;
-            the base is not in safetensors or is stored quantised; `out` exists or overlaps base or adapter; a wrong option.
+            the base is stored quantised; `out` exists or overlaps base or adapter; a wrong option.
         CourseError: the disk is full (an older `out` is as it was), a sum is not finite in `dtype`, or fetching the base failed.
     """
     base, adapter, target = model_folder(base), Path(adapter).expanduser(), Path(out).expanduser().resolve()
@@ -82,22 +76,25 @@ def merge(
         raise InputError(f"dtype {dtype!r} is unknown: choose auto, {', '.join(OUTPUT_DTYPES)}")
     limit = _parse_size(max_shard_size)
     _check_out(target, [base, adapter], overwrite=overwrite)
-    lora = read_json(adapter / "adapter_config.json")
+    config = read_json(base / "config.json")
+    lora, trained = llama_names(adapter, base)
     _check_plain_lora(lora, adapter)
     record = read_record(adapter)
-    config = read_json(base / "config.json")
     stored = stored_tensors(base, quantised="quantization_config" in config)
-    structure = model_structure(base, config, stored, record, trust_remote_code=trust_remote_code)
+    layout = layout_of(base)
+    parameters = {
+        name: Stored(tensor.file, shape, tensor.dtype)
+        for stored_name, tensor in stored.items()
+        for name, shape in zip(layout.names(stored_name), layout.shapes(stored_name, tensor.shape), strict=True)
+    }
+    structure = model_structure(base, config, parameters, record, trust_remote_code=trust_remote_code)
 
     import torch
     from safetensors.torch import save_file
 
     shards = _plan_shards(stored, dtype, limit)
     total, done, weight_map = sum(size for shard in shards for size in shard.values()), 0, {}
-    with open_safetensors(
-        adapter / "adapter_model.safetensors"
-    ) as trained:  # its tensors stay mapped from the file while they are used
-        changes = adapter_changes(adapter, trained, lora, stored, structure)
+    changes = adapter_changes(adapter, trained, lora, parameters, structure)
     with atomic_folder(target) as folder:
         if shutil.disk_usage(folder).free < total:  # known sooner than after minutes of work
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -111,14 +108,18 @@ def merge(
             # Opened anew for each shard: closing gives the mapped pages of the base back.
             with ExitStack() as stack:
                 opened = {
-                    path: stack.enter_context(open_safetensors(path)) for path in {stored[name].file for name in shard}
+                    path: stack.enter_context(open_weights(path)) for path in {stored[name].file for name in shard}
                 }
                 for name, size in shard.items():
-                    weight, change = opened[stored[name].file].get_tensor(name), changes.get(name, Change())
+                    weight = opened[stored[name].file].get_tensor(name)
                     final = getattr(torch, dtype) if dtype != "auto" and weight.is_floating_point() else weight.dtype
-                    if name in structure.quantised and change.saved is None:
-                        weight = _quantise_and_back(weight, record, transposed=name in (structure.conv1d or ()))
-                    tensors[name] = _merged_tensor(name, weight, change, final)
+                    parts = []
+                    for parameter, part in zip(layout.names(name), layout.split(name, weight), strict=True):
+                        change = changes.get(parameter, Change())
+                        if parameter in structure.quantised and change.saved is None:
+                            part = _quantise_and_back(part, record, transposed=parameter in (structure.conv1d or ()))
+                        parts.append(_merged_tensor(parameter, part, change, final))
+                    tensors[name] = layout.join(name, tuple(parts))
                     weight_map[name] = file
                     done += size
                     if progress:

@@ -258,6 +258,12 @@ def test_a_tokenizers_own_template_is_replaced_by_its_marked_twin(stand_in: Any,
     assert choose_template(own(stand_in, without_marks(name))).name == name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tokenizer_that_carries_a_named_template_has_its_stop_texts(stand_in: Any, name: str) -> None:
+    """As a merged model does; a template by itself does not say what ends a turn."""
+    assert choose_template(own(stand_in, named_template(name).source)) == named_template(name)
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

@@ -428,12 +428,15 @@ def test_wrong_outputs_are_refused(
 def test_bases_that_cannot_be_read_are_refused(variant: Callable[..., Path], tmp_path: Path) -> None:
     base = variant()
     adapter = make_adapter(base, tmp_path / "adapter", record={"dtype": "float32"})
-    pickled = tmp_path / "pickled"
-    shutil.copytree(base, pickled)
-    (pickled / "model.safetensors").unlink()
-    torch.save(tensors(base), pickled / "pytorch_model.bin")
-    with pytest.raises(InputError, match="convert them to safetensors"):
-        merge(pickled, adapter, tmp_path / "merged")
+    torn = tmp_path / "torn"
+    shutil.copytree(base, torn)
+    (torn / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no"):
+        merge(torn, adapter, tmp_path / "merged")
+    torch.save(tensors(base), torn / "pytorch_model.bin")
+    (torn / "pytorch_model.bin").write_bytes((torn / "pytorch_model.bin").read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot be read as pickled weights|is damaged"):
+        merge(torn, adapter, tmp_path / "merged")
     packed = tmp_path / "packed"
     shutil.copytree(base, packed)
     write_json(packed / "config.json", quantization_config={"quant_method": "gptq"})
@@ -446,6 +449,23 @@ def test_bases_that_cannot_be_read_are_refused(variant: Callable[..., Path], tmp
         merge(packed, adapter, tmp_path / "merged")
     with pytest.raises(InputError, match="no such folder"):
         merge(base, tmp_path / "nothing", tmp_path / "merged")
+
+
+def test_a_pickled_base_merges(variant: Callable[..., Path], tmp_path: Path) -> None:
+    """In two files, one tensor under two names: what a tied model's state dict is."""
+    base = variant(tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "adapter", record={"dtype": "nf4"})
+    expected = logits(merge(base, adapter, tmp_path / "merged"))
+    state = tensors(base)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    (base / "model.safetensors").unlink()
+    files = {name: f"pytorch_model-{1 + ('layers' in name)}-of-2.bin" for name in state}
+    for file in set(files.values()):
+        torch.save({name: tensor for name, tensor in state.items() if files[name] == file}, base / file)
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    merged = merge(base, adapter, tmp_path / "merged2")
+    assert set(tensors(merged)) == set(state)
+    assert torch.equal(logits(merged), expected)
 
 
 def test_a_model_whose_code_is_in_its_folder(variant: Callable[..., Path], tmp_path: Path) -> None:
