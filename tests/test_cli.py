@@ -245,13 +245,13 @@ def test_ctrl_c_in_a_training_names_the_option_to_go_on(
 ) -> None:
     from course_lib.training import loop
 
-    step = loop._step
+    launch = loop._launch
 
     def press(run: object, number: int) -> object:
         os.kill(os.getpid(), signal.SIGINT)
-        return step(run, number)
+        return launch(run, number)
 
-    monkeypatch.setattr(loop, "_step", press)
+    monkeypatch.setattr(loop, "_launch", press)
     stopped = course("train", "my.yaml")
     refused(stopped, "stopped after step 1 of 2; go on with the same command and --resume (checkpoint in", status=130)
     monkeypatch.undo()
