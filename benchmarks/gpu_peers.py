@@ -11,11 +11,11 @@ import torch
 
 def train_with_trl(
     model: Any, batches: list[torch.Tensor], more: list[str], *, warm_up: int, liger: bool
-) -> tuple[list[list[float]], float]:
+) -> tuple[list[list[float]], float, int]:
     """SFTTrainer as it comes, with 8-bit AdamW and bfloat16; with `liger`, its fused kernels too.
 
     Returns:
-        Loss and gradient norm of each step, and the seconds of the steps after the warm-up.
+        Loss and gradient norm of each step, the seconds of the steps after the warm-up, and the bytes allocated before them.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -31,7 +31,7 @@ def train_with_trl(
             if state.global_step == warm_up:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-                started.append(time.perf_counter())
+                started.extend((time.perf_counter(), torch.cuda.memory_allocated()))
 
     names = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     with tempfile.TemporaryDirectory() as folder:
@@ -65,4 +65,4 @@ def train_with_trl(
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started[0]
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    return [[entry["loss"], entry["grad_norm"]] for entry in steps], seconds
+    return [[entry["loss"], entry["grad_norm"]] for entry in steps], seconds, started[1]

@@ -13,7 +13,7 @@ bfloat16), and what is kept in host memory: embedding, head, checkpoints, layers
 | peft | transformers' own layers and loss under bf16 autocast, SDPA, gradient checkpointing without reentry |
 | trl, trl+liger | TRL's SFTTrainer as it comes, and with Liger's kernels, where they are installed (gpu_peers.py) |
 
-The first 5 steps warm up. Peak memory is what PyTorch allocated in the timed steps. Model FLOPs count the frozen products forward and
+The first 5 steps warm up. Peak memory is what PyTorch allocated in the timed steps, resident is what stays between two. Model FLOPs count the frozen products forward and
 by the input backward, causal attention once forward and 2.5 times backward, and LoRA; nothing for recomputing.
 """
 
@@ -190,11 +190,14 @@ def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
         if side.startswith("trl"):
             from gpu_peers import train_with_trl
 
-            read, seconds = train_with_trl(build(dtype), batches, more, warm_up=WARM_UP, liger=side == "trl+liger")
+            read, seconds, resident = train_with_trl(
+                build(dtype), batches, more, warm_up=WARM_UP, liger=side == "trl+liger"
+            )
         else:
             step = {"ours": our_step, "peft": peft_step}[side](build(dtype), more)
             read = run_steps(step, batches[:WARM_UP])
             torch.cuda.reset_peak_memory_stats()
+            resident = torch.cuda.memory_allocated()
             start = time.perf_counter()
             read += run_steps(step, batches[WARM_UP:])
             seconds = time.perf_counter() - start
@@ -205,6 +208,7 @@ def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
         "tokens_per_second": speed,
         "model_tflops": speed * flops_a_token(int(length)) / 1e12,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "resident_gb": resident / 1e9,
         "losses": [loss for loss, _ in read],
         "smallest_grad_norm": min(norm for _, norm in read),
     }
