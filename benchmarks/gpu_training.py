@@ -4,7 +4,8 @@
 
 The model has InternLM-7B's shape (a Llama of 32 layers, width 4096, intermediate 11008, vocabulary 103168, biases on q, k, v, o), random
 weights, and LoRA of rank 64 on all seven linear layers, in float32, stepped by 8-bit AdamW. A setting is
-number format : rows : tokens a row [: more …]; all tokens are trained. More are checkpoint (gradient checkpointing), adapters16 (adapters in
+number format : rows : tokens a row [: more …]; all tokens are trained. More are checkpoint (gradient checkpointing; checkpointN of the first
+N layers, ours alone), adapters16 (adapters in
 bfloat16), and what is kept in host memory: embedding, head, checkpoints, layers. Both sides start from the same weights and adapters.
 
 | side | what |
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -46,8 +48,10 @@ SIDES = ("ours", "peft", "trl", "trl+liger")
 SETTINGS = (
     "nf4:2:2048",
     "nf4:4:2048:checkpoint",
+    "nf4:4:2048:checkpoint24",
     "bfloat16:2:2048",
     "bfloat16:4:2048:checkpoint",
+    "bfloat16:4:2048:checkpoint24",
     "nf4:1:512:checkpoint",
     "nf4:1:2048:checkpoint",
 )
@@ -117,7 +121,9 @@ def our_step(model: Any, more: list[str]) -> Step:
     for parameter in model.parameters():
         if parameter.requires_grad and "adapters16" in more:
             parameter.data = parameter.data.to(torch.bfloat16)
-    engine = FusedEngine(model, checkpoint="checkpoint" in more, offload=[part for part in HOST if part in more])
+    again = [match[1] for part in more if (match := re.fullmatch(r"checkpoint(\d*)", part))]
+    checkpoint = bool(again) and (int(again[0]) if again[0] else True)
+    engine = FusedEngine(model, checkpoint=checkpoint, offload=[part for part in HOST if part in more])
     torch.cuda.empty_cache()
     optimizer = AdamW8bit(engine.trainable, lr=1e-4)
     shapes = set()
@@ -245,7 +251,7 @@ def main() -> None:
     print(f"{'setting':68} {'side':9} {'tokens/s':>9} {'TFLOP/s':>8} {'peak GB':>8} {'first loss':>10} {'last':>8}")
     for setting in arguments.settings:
         for side in arguments.sides:
-            if side != "ours" and {*setting.split(":")} & {*HOST}:
+            if side != "ours" and ({*setting.split(":")} & {*HOST} or re.search(r"checkpoint\d", setting)):
                 continue
             found = result["settings"].setdefault(setting, {})[side] = measure(side, setting, arguments.steps)
             gc.collect()

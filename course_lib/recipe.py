@@ -109,7 +109,7 @@ class TrainingSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Positive = False  # run layers again in backward: all of them, or the first N
     offload: list[Offload] = []  # what stays in host memory: less on the GPU, more time (course plan says how much)
     log_every: Positive = 1  # steps
     checkpoint_every: Count = 0  # steps; 0 saves at the end only

@@ -31,9 +31,14 @@ class FusedEngine:
     """The fused layers of a model, and the two flat parameters (all A, all B) that the optimizer steps."""
 
     def __init__(
-        self, model: PeftModel, *, checkpoint: bool, offload: Collection[str] = (), device: torch.device | None = None
+        self,
+        model: PeftModel,
+        *,
+        checkpoint: bool | int,
+        offload: Collection[str] = (),
+        device: torch.device | None = None,
     ) -> None:
-        """`checkpoint` keeps of each layer its input alone and runs it again in backward.
+        """`checkpoint` keeps of each layer, or of that many, its input alone and runs it again in backward.
 
         `offload` names what stays in host memory (offload.py); the rest goes to `device`, by default where the adapters are.
         """
@@ -52,7 +57,7 @@ class FusedEngine:
         ]
         self.trainable = [flat.master for flat in self.flat]
         self.layers = [FusedLayer(layer, *self.flat) for layer in modules]
-        self.checkpoint = checkpoint
+        self.checkpointed = checkpointed_layers(checkpoint, len(modules))
         frozen = [[group.frozen for group in layer.groups] for layer in self.layers]
         self.streamed = StreamedLayers(frozen, modules, device) if "layers" in offload else None
         self.stored = StoredInputs(device) if "checkpoints" in offload and checkpoint else None
@@ -116,8 +121,7 @@ class FusedEngine:
             by_output = by_input
 
     def _keep(self, number: int, kept: Kept) -> Kept | _Again:
-        # the last layer's backward comes right after its forward: to keep what it made costs no peak
-        if not self.checkpoint or number == len(self.layers) - 1:
+        if number >= self.checkpointed:
             return kept
         seeds = [saved.seeds for saved in kept.linears]
         if not self.stored:
@@ -169,6 +173,15 @@ class _DecoderLoss(torch.autograd.Function):
         passed, ctx.passed = ctx.passed, None  # what autograd frees by itself is only what it saved itself
         ctx.engine.backward(grad, passed)
         return None, None, None
+
+
+def checkpointed_layers(setting: bool | int, layers: int) -> int:
+    """How many layers, from the first on, run forward again in backward, by the recipe's `gradient_checkpointing`.
+
+    The last layer never does: its backward comes right after its forward, so to keep what it made costs no peak. Those that are
+    kept whole are the last ones: what they hold is gone before the first layer is run again.
+    """
+    return layers - 1 if setting is True else min(int(setting), layers - 1)
 
 
 def why_not_fused(model: Any) -> str:

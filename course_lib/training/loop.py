@@ -24,8 +24,9 @@ from course_lib.training.checkpoint import remove_checkpoints, save_bad_batch
 from course_lib.training.events import HeldOutLoss, Listener, RunEnded, RunStarted, SampleAnswers, StepDone
 from course_lib.training.interrupt import Interrupted, interrupt_requested, interrupts_told
 from course_lib.training.listeners import METRICS_FILE, MetricsFile
-from course_lib.training.loss import PlainEngine, trained_tokens
+from course_lib.training.loss import trained_tokens
 from course_lib.training.memory import memory_errors, peak_memory_bytes, reset_peak_memory
+from course_lib.training.plain import PlainEngine
 from course_lib.training.run import Run, prepare_run
 from course_lib.training.work_dir import checkpoint_to_resume, events_until
 

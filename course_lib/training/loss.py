@@ -119,22 +119,6 @@ def slices_of(vocabulary: int, width: int, *, rows: int) -> list[slice]:
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
-class PlainEngine:
-    """The model's own layers, run by autograd."""
-
-    def __init__(self, model: PreTrainedModel, reason: str) -> None:
-        self.description = f"the model's own layers ({reason})"
-        self.model = model
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """`supervised_loss` of the model."""
-        return supervised_loss(self.model, batch)
-
-    def after_step(self) -> None:
-        """Nothing: the layers compute with what the optimizer steps."""
-
-
 def trained_tokens(batch: dict[str, Any]) -> int:
     """How many tokens of a batch the loss sees."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

@@ -26,9 +26,10 @@ from course_lib.training.batches import StepPlan, plan_steps
 from course_lib.training.checkpoint import load_state, save_checkpoint, set_random_state
 from course_lib.training.events import CheckpointSaved, Event, Listener
 from course_lib.training.fused import FusedEngine, why_not_fused
-from course_lib.training.loss import PlainEngine, to_device
+from course_lib.training.loss import to_device
 from course_lib.training.offload import load_on_host
 from course_lib.training.optimizer import make_optimizer, make_schedule
+from course_lib.training.plain import PlainEngine
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -210,9 +211,7 @@ def _make_engine(
         return FusedEngine(model, checkpoint=checkpoint, offload=offload, device=device)
     if settings.offload:
         raise InputError(f"training.offload = {settings.offload} needs the fused layers, which do not apply: {reason}")
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PlainEngine(model, reason)
+    return PlainEngine(model, reason, checkpoint=settings.gradient_checkpointing)
 
 
 def _keep_quantised_weights(model: Any) -> None:

@@ -77,7 +77,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def compare(model: Any, *, checkpoint: bool, tolerance: float, device: str = "cpu") -> None:
+def compare(model: Any, *, checkpoint: bool | int, tolerance: float, device: str = "cpu") -> None:
     """Run autograd's way, then the fused way, on the same adapters."""
     rows = batch(device)
     with attention(model.get_base_model(), SEGMENTS):
@@ -97,8 +97,8 @@ def compare(model: Any, *, checkpoint: bool, tolerance: float, device: str = "cp
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_loss_and_gradients_are_those_of_peft(family: str, checkpoint: bool) -> None:
+@pytest.mark.parametrize("checkpoint", [False, True, 1])
+def test_loss_and_gradients_are_those_of_peft(family: str, checkpoint: bool | int) -> None:
     compare(adapted(CONFIGS[family], dtype=torch.float32), checkpoint=checkpoint, tolerance=1e-4)
 
 

@@ -237,10 +237,22 @@ def test_a_quantised_base_trains_on_the_cpu(make: Any, tmp_path: Path, dtype: st
     assert record["dtype"] == dtype
 
 
-def test_gradient_checkpointing_gives_the_same_run(make: Any, tmp_path: Path) -> None:
-    train(make(), work_dir=tmp_path / "plain")
-    train(make(training={"gradient_checkpointing": True}), work_dir=tmp_path / "recomputed")
-    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+@pytest.mark.parametrize("lora", [{}, None])
+def test_gradient_checkpointing_gives_the_same_run(make: Any, tmp_path: Path, lora: dict | None) -> None:
+    train(make(lora=lora), work_dir=tmp_path / "whole")
+    for layers in (True, 1):
+        again = tmp_path / f"again-{layers}"
+        train(make(lora=lora, training={"gradient_checkpointing": layers}), work_dir=again)
+        assert losses(again) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+def test_some_layers_of_a_model_without_fused_ones_run_again(tiny: Path) -> None:
+    from course_lib.models import load_model
+    from course_lib.training.plain import PlainEngine
+
+    model, _ = load_model("tiny")
+    PlainEngine(model, "for the test", checkpoint=1)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
 
 
 @pytest.mark.parametrize(
