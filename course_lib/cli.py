@@ -6,7 +6,9 @@ Exit status: 0 done; 1 the work failed; 2 the input is wrong; 130 stopped by Ctr
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -170,26 +172,44 @@ def train(
     overrides: SetOption = None,
     work_dir: Annotated[Path | None, typer.Option(help="default: work_dirs/RECIPE")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="train on that many GPUs of this machine")] = 1,
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(help="zero1, zero2, zero3, zero2_offload, zero3_offload, or a file of DeepSpeed's settings"),
+    ] = None,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="spread the frozen layers over the GPUs")] = False,
 ) -> None:
-    """Train what a recipe says; prints the adapter's folder."""
+    """Train what a recipe says; prints the adapter's folder.
+
+    Several hosts: start it on each with torchrun, or once with srun.
+    """
     from course_lib.recipe import load_recipe
+    from course_lib.training.launch import adopt_slurm, is_main_process, is_started, launch
 
     loaded = load_recipe(recipe, overrides or [])
     folder = work_dir or Path("work_dirs") / Path(recipe).stem
+    if deepspeed and fsdp:
+        raise InputError("--deepspeed and --fsdp both spread the model over the GPUs: choose one")
+    adopt_slurm()
+    if gpus > 1 and not is_started():
+        raise typer.Exit(launch(sys.argv[1:], gpus=gpus))
     from course_lib.plots import loss_figure, save_figure
     from course_lib.training.listeners import TerminalProgress, read_metrics
     from course_lib.training.loop import train
 
-    with TerminalProgress() as progress:
+    with TerminalProgress() if is_main_process() else nullcontext() as progress:
         output = train(
             loaded,
             work_dir=folder,
             resume=resume,
-            listeners=[progress],
+            listeners=[progress] if progress else [],
             resume_hint="go on with the same command and --resume",
+            deepspeed=deepspeed,
+            shard=fsdp,
         )
-    save_figure(loss_figure(read_metrics(folder), title=folder.name), folder / "loss.png")
-    print(output)
+    if is_main_process():
+        save_figure(loss_figure(read_metrics(folder), title=folder.name), folder / "loss.png")
+        print(output)
 
 
 @app.command()
@@ -277,6 +297,11 @@ def main() -> None:
     try:
         _run(sys.argv[1:])
     except CourseError as error:
+        index = int(os.environ.get("RANK", "0"))
+        if index and type(error) is not CourseError:
+            sys.exit(error.exit_code)  # what every process of a training knows, the first one says
+        if index:
+            _fail(f"process {index}: {error}", error.exit_code)
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)

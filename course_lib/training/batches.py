@@ -31,17 +31,32 @@ class StepPlan:
         """Steps to go once through all packs; the last one may be smaller."""
         return math.ceil(len(self.packs) / (self.batch_size * self.accumulation))
 
-    def micro_batches(self, step: int) -> list[list[Example]]:
-        """Examples of each micro-batch of step `step`, counted from 0. Each epoch has an order of its own."""
+    def micro_batches(self, step: int, *, index: int = 0, count: int = 1) -> list[list[Example]]:
+        """Examples of each micro-batch of step `step`, counted from 0, that falls to process `index` of `count`.
+
+        Each epoch has an order of its own. An epoch's last step may be smaller; see `fillers`.
+        """
+        groups = self._groups(step)
+        own = groups[index::count] + groups[: self.fillers(step, index=index, count=count)]
+        return [
+            [example for number in group for example in examples_of_pack(self.packs, number, self.examples)]
+            for group in own
+        ]
+
+    def fillers(self, step: int, *, index: int, count: int) -> int:
+        """How many of those micro-batches, at the end, belong to another process: they are computed and count for nothing.
+
+        Processes that fetch weights from one another must compute as many micro-batches each.
+        """
+        groups = len(self._groups(step))
+        return math.ceil(groups / count) - len(range(index, groups, count))
+
+    def _groups(self, step: int) -> list[list[int]]:
         epoch, within = divmod(step, self.steps_per_epoch)
         order = _order(len(self.packs), f"{self.seed}-{epoch}")
         size = self.batch_size * self.accumulation
         chosen = order[within * size : (within + 1) * size]
-        groups = [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
-        return [
-            [example for number in group for example in examples_of_pack(self.packs, number, self.examples)]
-            for group in groups
-        ]
+        return [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Checkpoints a run can go on from: weights, optimizer, schedule, random generators, and the step.
 
 The order of the data follows from the recipe's seed and the step, so the step is the data cursor.
-A checkpoint is written under a temporary name and renamed when whole; older ones go only after that.
+A checkpoint is written under a temporary name and renamed when whole (files.py); older ones go only after that.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from course_lib.errors import CourseError, InputError
-from course_lib.files import atomic_file, atomic_folder
+from course_lib.files import atomic_file
 
 _NAME = re.compile(r"checkpoint-(\d{6})")
 STATE_FILE = "trainer_state.pt"
@@ -30,20 +29,20 @@ def checkpoints(work_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and (path / STATE_FILE).is_file())
 
 
-def save_checkpoint(
-    work_dir: Path, *, step: int, keep: int, state: dict[str, Any], save_weights: Callable[[Path], None]
-) -> Path:
-    """Write `checkpoint-NNNNNN`, then remove all but the `keep` newest."""
-    folder = work_dir / f"checkpoint-{step:06d}"
-    with atomic_folder(folder) as temporary:
-        save_weights(temporary)
-        torch.save(
-            {**state, "step": step, "random": random_state(), "threads": torch.get_num_threads()},
-            temporary / STATE_FILE,
-        )
-    for _, old in checkpoints(work_dir)[:-keep]:
+def checkpoint_folder(work_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` stands, or will."""
+    return work_dir / f"checkpoint-{step:06d}"
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state into a checkpoint's folder; the last thing that is written there makes it complete."""
+    torch.save(state, folder / STATE_FILE)
+
+
+def keep_newest(work_dir: Path, count: int) -> None:
+    """Remove all checkpoints but the `count` newest."""
+    for _, old in checkpoints(work_dir)[:-count]:
         shutil.rmtree(old)
-    return folder
 
 
 def remove_checkpoints(work_dir: Path) -> None:

@@ -22,6 +22,7 @@ class RunStarted:
     engine: str  # which layers compute: fused, or the model's own and why
     attention: str  # which attention they use, and why
     work_dir: Path
+    processes: int = 1  # that train together, each on a GPU
 
 
 @dataclass(frozen=True)

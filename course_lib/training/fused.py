@@ -16,7 +16,7 @@ from torch import nn
 from course_lib.training.flat import FlatParameter
 from course_lib.training.frozen import why_not_stacked
 from course_lib.training.fused_layer import GROUPS, FusedLayer, Kept, Positions
-from course_lib.training.host_memory import HostHead, StoredInputs, StreamedLayers
+from course_lib.training.host_memory import FetchedLayers, HostHead, StoredInputs, TwoPlaces
 from course_lib.training.kernels import add_rms_norm, rms_norm_backward
 from course_lib.training.loss import chunked_loss, streamed_loss, trained_positions
 from course_lib.training.offload import place
@@ -37,15 +37,19 @@ class FusedEngine:
         checkpoint: bool | int,
         offload: Collection[str] = (),
         device: torch.device | None = None,
+        places: type[TwoPlaces] | None = None,
     ) -> None:
         """`checkpoint` keeps of each layer, or of that many, its input alone and runs it again in backward.
 
         `offload` names what stays in host memory (offload.py); the rest goes to `device`, by default where the adapters are.
+        `places` says where the layers' frozen weights are kept instead of there, such as in shards (shards.py).
         """
         self.description = "fused layers"
+        if places is None and "layers" in offload:
+            places = TwoPlaces
         base = model.get_base_model()
         device = device or next(p.device for p in model.parameters() if p.requires_grad)
-        place(base, offload, device)
+        place(base, [*offload, "layers"] if places else offload, device)
         self.embedding, self.rotary, self.norm = base.model.embed_tokens, base.model.rotary_emb, base.model.norm
         self.head = base.lm_head
         modules = list(base.model.layers)
@@ -59,7 +63,7 @@ class FusedEngine:
         self.layers = [FusedLayer(layer, *self.flat) for layer in modules]
         self.checkpointed = checkpointed_layers(checkpoint, len(modules))
         frozen = [[group.frozen for group in layer.groups] for layer in self.layers]
-        self.streamed = StreamedLayers(frozen, modules, device) if "layers" in offload else None
+        self.fetched = FetchedLayers(frozen, modules, device, places) if places else None
         self.stored = StoredInputs(device) if "checkpoints" in offload and checkpoint else None
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -82,8 +86,8 @@ class FusedEngine:
         passed = _Passed(Positions(cos[0], sin[0], edges), embedded[0].shape)
         x, delta = embedded[0], None
         for number, layer in enumerate(self.layers):
-            if self.streamed:
-                self.streamed.use(number, then=number + 1)
+            if self.fetched:
+                self.fetched.use(number, then=number + 1)
             delta, kept = layer.forward(x, delta, passed.at)
             if keep:
                 passed.layers.append(self._keep(number, kept))
@@ -110,8 +114,8 @@ class FusedEngine:
         by_output[:, :width].zero_().index_copy_(0, above.positions, by_rows)
         del above, by_rows
         for number in reversed(range(len(layers))):
-            if self.streamed:
-                self.streamed.use(number, then=number - 1)
+            if self.fetched:
+                self.fetched.use(number, then=number - 1)
             kept = passed.layers.pop()
             if isinstance(kept, _Again):
                 x = self.stored.use(number) if self.stored else kept.x

@@ -27,7 +27,7 @@ class TwoPlaces:
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
-        self.host: dict[int, torch.Tensor] = {}
+        self.host: dict[int, torch.Tensor] = {}  # by number, what `fetch` brings
         self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.holds: list[int | None] = [None, None]
         self.on_gpu = device.type == "cuda"
@@ -50,20 +50,30 @@ class TwoPlaces:
         place = number % 2
         if self.holds[place] == number or number not in self.host:
             return
-        size = min(len(self.host[number]), len(self.places[place]))
-        with self._after_what_was_launched():
-            self.places[place][:size].copy_(self.host[number][:size], non_blocking=True)
-            if self.on_gpu:
-                self.arrived[place].record(self.copies)
+        self._begin(number, place)
         self.holds[place] = number
 
     def use(self, number: int, *, then: int) -> torch.Tensor:
         """The place where the bytes are, once they have arrived; begins to fetch those used next."""
         self.fetch(number)
-        if self.on_gpu:
-            torch.cuda.current_stream().wait_event(self.arrived[number % 2])
+        self._wait(number % 2)
         self.fetch(then)
         return self.places[number % 2]
+
+    def keep(self, number: int, source: torch.Tensor) -> None:
+        """Take bytes, all of a place's size, that will only ever be fetched."""
+        self.host[number] = source.cpu().pin_memory() if self.on_gpu else source
+
+    def _begin(self, number: int, place: int) -> None:
+        size = min(len(self.host[number]), len(self.places[place]))
+        with self._after_what_was_launched():
+            self.places[place][:size].copy_(self.host[number][:size], non_blocking=True)
+            if self.on_gpu:
+                self.arrived[place].record(self.copies)
+
+    def _wait(self, place: int) -> None:
+        if self.on_gpu:
+            torch.cuda.current_stream().wait_event(self.arrived[place])
 
     def _after_what_was_launched(self) -> Any:
         if not self.on_gpu:
@@ -72,24 +82,30 @@ class TwoPlaces:
         return torch.cuda.stream(self.copies)
 
 
-class StreamedLayers:
-    """Frozen weights of decoder layers in host memory; for each layer they stand in one of two places while it is computed."""
+class FetchedLayers:
+    """Frozen weights of decoder layers kept elsewhere; for each layer they stand in one of two places while it is computed."""
 
-    def __init__(self, layers: list[list[FrozenLinears]], modules: list[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: list[list[FrozenLinears]],
+        modules: list[nn.Module],
+        device: torch.device,
+        places: type[TwoPlaces] = TwoPlaces,
+    ) -> None:
+        """`places` says where they are kept: by default in host memory."""
         sizes = [_size([tensor for group in groups for tensor in group.tensors]) for groups in layers]
-        self.places = TwoPlaces(device, max(sizes))
-        for number, (groups, size) in enumerate(zip(layers, sizes, strict=True)):
-            bytes_of_layer = torch.empty(size, dtype=torch.uint8, pin_memory=self.places.on_gpu)
+        self.places = places(device, max(sizes))
+        for number, groups in enumerate(layers):
+            bytes_of_layer = torch.zeros(len(self.places.places[0]), dtype=torch.uint8)
             start = 0
             for group in groups:
-                on_host, start_after = _views(bytes_of_layer, group.tensors, start)
-                for view, tensor in zip(on_host, group.tensors, strict=True):
+                views, _ = _views(bytes_of_layer, group.tensors, start)
+                for view, tensor in zip(views, group.tensors, strict=True):
                     view.copy_(tensor)
                 group.tensors, start = _views(self.places.places[number % 2], group.tensors, start)
-                assert start == start_after
                 group.give_layers(group.tensors)
                 group.lasting = False
-            self.places.host[number] = bytes_of_layer
+            self.places.keep(number, bytes_of_layer)
         for number, module in enumerate(modules):  # for evaluation, by the model's own forward
             module.register_forward_pre_hook(lambda *_, number=number: self.use(number, then=number + 1))
 

@@ -109,7 +109,8 @@ class TerminalProgress:
                 f"{event.train_examples} rows in {event.packs} packs, {event.total_steps} steps; training "
                 f"{event.trainable_parameters:,} of {event.parameters:,} parameters ({share:.2%})"
             )
-            self._say(f"computed by {event.engine}")
+            together = f", in {event.processes} processes" if event.processes > 1 else ""
+            self._say(f"computed by {event.engine}{together}")
             self._say(f"attention by {event.attention}")
             if event.held_out_examples:
                 total = event.train_examples + event.held_out_examples

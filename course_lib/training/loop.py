@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,27 @@ import torch
 from course_lib.chat.answers import answer_questions
 from course_lib.errors import CourseError
 from course_lib.evaluation import held_out_loss
-from course_lib.files import atomic_folder, lock
+from course_lib.files import lock
 from course_lib.recipe import Recipe
 from course_lib.training.attention import describe_attention
 from course_lib.training.checkpoint import remove_checkpoints, save_bad_batch
+from course_lib.training.distributed import (
+    OtherProcessEnded,
+    any_process,
+    from_main,
+    leave,
+    process_count,
+    process_index,
+    shared_folder,
+    sum_over_processes,
+    sum_tensor,
+)
 from course_lib.training.events import HeldOutLoss, Listener, RunEnded, RunStarted, SampleAnswers, StepDone
 from course_lib.training.interrupt import Interrupted, interrupt_requested, interrupts_told
+from course_lib.training.launch import is_main_process
 from course_lib.training.listeners import METRICS_FILE, MetricsFile
 from course_lib.training.loss import trained_tokens
 from course_lib.training.memory import memory_errors, peak_memory_bytes, reset_peak_memory
-from course_lib.training.plain import PlainEngine
 from course_lib.training.run import Run, prepare_run
 from course_lib.training.work_dir import checkpoint_to_resume, events_until
 
@@ -39,6 +52,8 @@ def train(
     overwrite: bool = False,
     listeners: Sequence[Listener] = (),
     resume_hint: str = "go on with train(…, resume=True)",
+    deepspeed: str | None = None,
+    shard: bool = False,
 ) -> Path:
     """Train what the recipe says and return the folder of the adapter (or of the model, where `lora` is null).
 
@@ -49,6 +64,11 @@ def train(
         overwrite: replace an earlier run in the work dir.
         listeners: called with every event (training/events.py).
         resume_hint: what a person who stopped the run is told to do to go on.
+        deepspeed: train under DeepSpeed's ZeRO: zero1, zero2, zero3, zero2_offload, zero3_offload, or a file of its settings.
+        shard: spread the frozen layers over the GPUs.
+
+    Started as one of several processes (training/launch.py), it trains with the others; the first one alone writes, and tells
+    the listeners.
 
     Raises:
         InputError: the recipe, its data or the work dir do not fit, or another run is at work in it.
@@ -57,19 +77,25 @@ def train(
     """
     work_dir = Path(work_dir)
     earlier = {"resume": resume, "overwrite": overwrite}
-    checkpoint_to_resume(work_dir, **earlier)  # a wrong folder is told before the model is loaded
+    if is_main_process():
+        checkpoint_to_resume(work_dir, **earlier)  # a wrong folder is told before the model is loaded
     with memory_errors():
-        run = prepare_run(recipe, work_dir)
-        with lock(work_dir), interrupts_told(work_dir, resume_hint):
-            checkpoint = checkpoint_to_resume(work_dir, **earlier)
+        run = prepare_run(recipe, work_dir, deepspeed=deepspeed, shard=shard)
+        with lock(work_dir) if is_main_process() else nullcontext(), interrupts_told(work_dir, resume_hint):
+            checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
             first_step = run.restore(checkpoint) if checkpoint else 0
-            if overwrite and not checkpoint:
-                remove_checkpoints(work_dir)
-            recipe.save(work_dir / "recipe.yaml")
-            kept_events = events_until(work_dir, first_step) if first_step else []
-            with MetricsFile(work_dir / METRICS_FILE, kept_events) as metrics:
-                run.listeners = [metrics, *listeners]
-                return _run(run, first_step, resume_hint)
+            if not is_main_process():
+                output = _run(run, first_step, resume_hint)
+            else:
+                if overwrite and not checkpoint:
+                    remove_checkpoints(work_dir)
+                recipe.save(work_dir / "recipe.yaml")
+                kept_events = events_until(work_dir, first_step) if first_step else []
+                with MetricsFile(work_dir / METRICS_FILE, kept_events) as metrics:
+                    run.listeners = [metrics, *listeners]
+                    output = _run(run, first_step, resume_hint)
+        leave()
+        return output
 
 
 def _run(run: Run, first_step: int, resume_hint: str) -> Path:
@@ -79,8 +105,8 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
         RunStarted(
             first_step=first_step,
             total_steps=total_steps,
-            trainable_parameters=sum(parameter.numel() for parameter in run.engine.trainable),
-            parameters=run.bare_model.num_parameters(),
+            trainable_parameters=run.trainable_parameters,
+            parameters=run.parameters,
             train_examples=len(run.dataset.train),
             held_out_examples=len(run.dataset.held_out),
             packs=len(run.plan.packs),
@@ -89,14 +115,15 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
             attention=describe_attention(
                 flat=run.flat, device=run.accelerator.device, mixed_precision=run.accelerator.mixed_precision
             ),
+            processes=process_count(),
             work_dir=run.work_dir,
         )
     )
     if first_step == 0:
         _evaluate(run, step=0)
     reset_peak_memory()
-    done = first_step
     with run.training_mode(), interrupt_requested() as interrupted:
+        asked = partial(any_process, interrupted)
         launched: _Launched | None = None
         for step in range(first_step, total_steps):
             before, launched = launched, _launch(run, step)
@@ -106,7 +133,8 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
                 _tell(run, launched)
                 launched = None
             done = step + 1
-            stop = interrupted()  # asked once: what is said below of a checkpoint must be true
+            # asked once, and of all: what is said below of a checkpoint must be true
+            stop = asked()
             evaluate = _is_due(recipe.evaluation.every, done) and done < total_steps
             save = _is_due(recipe.training.checkpoint_every, done) or stop or done == total_steps
             if launched and (evaluate or save):
@@ -118,13 +146,13 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
                 run.save_checkpoint(step=done)
             if stop:
                 break
-        if interrupted():
+        if asked():
             raise Interrupted(
-                f"stopped after step {done} of {total_steps}; {resume_hint} (checkpoint in {run.work_dir})"
+                f"stopped after step {step + 1} of {total_steps}; {resume_hint} (checkpoint in {run.work_dir})"
             )
     _evaluate(run, step=total_steps)
     output = run.work_dir / ("adapter" if recipe.lora is not None else "model")
-    with atomic_folder(output) as folder:
+    with shared_folder(output) as folder:
         run.save_weights(folder)
     run.emit(RunEnded(step=total_steps, seconds=time.perf_counter() - started, output=output))
     return output
@@ -155,37 +183,40 @@ class _Clock:
 
 @dataclass
 class _Launched:
-    """A step whose work has been given to the device."""
+    """A step whose work has been given to the device. Counts are those of all processes, batches of this one."""
 
     step: int
     batches: list[dict[str, Any]]
+    tokens: int
     trained_tokens: int
     lr: float
-    figures: torch.Tensor  # loss of each micro-batch, gradient norm: on their way to the CPU
+    figures: (
+        torch.Tensor
+    )  # loss of each micro-batch, sum of all processes' losses, gradient norm: on their way to the CPU
     clock: _Clock
 
 
 def _launch(run: Run, step: int) -> _Launched:
     """Give one optimizer step to the device: every micro-batch's loss is divided by the trained tokens of all of them."""
-    accelerator, settings = run.accelerator, run.recipe.training
-    clock = _Clock(accelerator.device)
-    batches = [run.batch(examples) for examples in run.plan.micro_batches(step)]
-    total_trained = sum(map(trained_tokens, batches))
+    clock = _Clock(run.accelerator.device)
+    share = {"index": process_index(), "count": process_count()}
+    batches = [run.batch(examples) for examples in run.plan.micro_batches(step, **share)]
+    own = batches[: len(batches) - run.plan.fillers(step, **share)]
+    counts = [sum(batch["input_ids"].numel() for batch in own), sum(map(trained_tokens, own))]
+    tokens, total_trained = sum_over_processes(counts)
     losses = []
-    for batch in batches:
-        with accelerator.autocast():
-            loss = run.engine.loss(batch) / total_trained
-        accelerator.backward(loss)
+    for number, batch in enumerate(batches, 1):
+        with run.update.autocast():
+            loss = run.engine.loss(batch) / total_trained * (number <= len(own))
+        run.update.backward(loss, last=number == len(batches))
         losses.append(loss.detach())
-    norm = accelerator.clip_grad_norm_(run.engine.trainable, settings.max_grad_norm)
-    figures = torch.stack([*losses, norm.to(losses[0])]).to("cpu", non_blocking=True)
     lr = run.schedule.get_last_lr()[0]
-    run.optimizer.step()
+    norm = run.update.step()
     run.schedule.step()
-    run.engine.after_step()
-    run.optimizer.zero_grad(set_to_none=isinstance(run.engine, PlainEngine))  # flat gradients keep their place
+    total = sum_tensor(torch.stack(losses).sum())
+    figures = torch.stack([*losses, total, norm.to(total)]).to("cpu", non_blocking=True)
     clock.stop()
-    return _Launched(step + 1, batches, total_trained, lr, figures, clock)
+    return _Launched(step + 1, batches, tokens, total_trained, lr, figures, clock)
 
 
 def _tell(run: Run, launched: _Launched) -> None:
@@ -196,28 +227,29 @@ def _tell(run: Run, launched: _Launched) -> None:
     """
     seconds = launched.clock.seconds()  # waits until the step is done
     step, recipe = launched.step, run.recipe
-    *losses, grad_norm = launched.figures.tolist()
+    *losses, total, grad_norm = launched.figures.tolist()
     for batch, loss in zip(launched.batches, losses, strict=True):
         if not math.isfinite(loss):
             save_bad_batch(run.work_dir, step=step, batch=batch, loss=loss)
+    if not math.isfinite(total):
+        raise OtherProcessEnded(f"step {step}: the loss of another process is {total}")
     if grad_norm == 0:
         raise CourseError(
             f"step {step}: the gradient is zero, so nothing is trained; check lora.targets and the data's labels"
         )
     if step % recipe.training.log_every and step != run.plan.total_steps:
         return
-    tokens = sum(batch["input_ids"].numel() for batch in launched.batches)
     run.emit(
         StepDone(
             step=step,
             total_steps=run.plan.total_steps,
             epoch=step / run.plan.steps_per_epoch,
-            loss=sum(losses),
+            loss=total,
             lr=launched.lr,
             grad_norm=grad_norm,
-            tokens=tokens,
+            tokens=launched.tokens,
             trained_tokens=launched.trained_tokens,
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=launched.tokens / seconds,
             memory_bytes=peak_memory_bytes(),
         )
     )

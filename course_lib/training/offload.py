@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_on_host(folder: Path, settings: ModelSettings, *, offload: Collection[str]) -> PreTrainedModel:
-    """Load a model for training with parts of it in host memory: all of it goes there first, in 16 bits.
+def load_on_host(folder: Path, settings: ModelSettings, *, layers: bool) -> PreTrainedModel:
+    """Load a model for training with parts of it elsewhere than on the GPU: all of it goes into host memory first, in 16 bits.
 
-    For nf4, the layers' weights are quantised on the GPU one by one. They stay there, or come back where `layers` are offloaded.
+    For nf4, the layers' weights are quantised on the GPU one by one. They stay there, or come back where `layers` is true.
     """
     compute = _compute_dtype(settings)
     dtype = compute if settings.dtype in ("nf4", "auto") else settings.dtype
@@ -32,7 +32,7 @@ def load_on_host(folder: Path, settings: ModelSettings, *, offload: Collection[s
             double_quant=settings.double_quant,
             compute_dtype=getattr(torch, compute),
             quantise_on=gpu,
-            keep_on=torch.device("cpu") if "layers" in offload else gpu,
+            keep_on=torch.device("cpu") if layers else gpu,
         )
     return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,13 +22,33 @@ from course_lib.recipe import DataSettings, Recipe, TrainingSettings
 from course_lib.training.adapters import add_lora, load_weights, save_weights
 from course_lib.training.attention import SEGMENTS, attention, supports_segments
 from course_lib.training.batches import StepPlan, plan_steps
-from course_lib.training.checkpoint import load_state, save_checkpoint, set_random_state
+from course_lib.training.checkpoint import (
+    checkpoint_folder,
+    keep_newest,
+    load_state,
+    random_state,
+    save_state,
+    set_random_state,
+)
+from course_lib.training.distributed import (
+    gather,
+    join,
+    main_first,
+    process_count,
+    process_index,
+    same_everywhere,
+    shared_folder,
+)
 from course_lib.training.events import CheckpointSaved, Event, Listener
 from course_lib.training.fused import FusedEngine, why_not_fused
+from course_lib.training.launch import is_main_process
 from course_lib.training.loss import to_device
 from course_lib.training.offload import load_on_host
 from course_lib.training.optimizer import make_optimizer, make_schedule
 from course_lib.training.plain import PlainEngine
+from course_lib.training.shards import ShardedPlaces
+from course_lib.training.update import Update
+from course_lib.training.zero import ZeroUpdate, zero_settings
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -52,9 +71,11 @@ class Run:
     base_folder: Path
     dataset: Dataset
     plan: StepPlan
-    optimizer: Any
+    update: Update | ZeroUpdate
     schedule: LRScheduler
     flat: bool  # rows without padding; else padded rectangles
+    parameters: int
+    trainable_parameters: int
     listeners: list[Listener] = field(default_factory=list)
     # (examples, tokens of the first) of earlier micro-batches
     shapes: set[tuple[int, int]] = field(default_factory=set)
@@ -110,65 +131,79 @@ class Run:
                 self.model.train(was_training)
 
     def save_weights(self, folder: Path) -> None:
-        """Save the adapter, or after full fine-tuning the model."""
-        save_weights(self.bare_model, folder, base_folder=self.base_folder, settings=self.recipe.model)
+        """Save the adapter, or after full fine-tuning the model. All processes call it; the first one writes."""
+        with self.update.whole_weights():
+            if is_main_process():
+                save_weights(self.bare_model, folder, base_folder=self.base_folder, settings=self.recipe.model)
 
     def save_checkpoint(self, *, step: int) -> None:
         """Write all that `restore` needs."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "recipe": self.recipe.model_dump(mode="json"),
-            "layers": type(self.engine).__name__,
-        }
-        keep = self.recipe.training.keep_checkpoints
-        path = save_checkpoint(self.work_dir, step=step, keep=keep, state=state, save_weights=self.save_weights)
-        self.emit(CheckpointSaved(step=step, path=path))
+        with shared_folder(checkpoint_folder(self.work_dir, step)) as folder:
+            self.save_weights(folder)
+            state = {
+                **self.update.state(folder),
+                "schedule": self.schedule.state_dict(),
+                "recipe": self.recipe.model_dump(mode="json"),
+                "layers": type(self.engine).__name__,
+                "update": self.update.kind,
+                "step": step,
+                "threads": torch.get_num_threads(),
+                "random": gather(random_state()),
+            }
+            if is_main_process():
+                save_state(folder, state)
+        if is_main_process():
+            keep_newest(self.work_dir, self.recipe.training.keep_checkpoints)
+        self.emit(CheckpointSaved(step=step, path=checkpoint_folder(self.work_dir, step)))
 
     def restore(self, checkpoint: Path) -> int:
-        """Put everything back to where the checkpoint was saved, and return its step."""
+        """Put everything back to where the checkpoint was saved, and return its step. The number of processes may be another."""
         state = load_state(checkpoint, recipe=self.recipe.model_dump(mode="json"))
-        if state.get("layers") != type(self.engine).__name__:
+        made_by = (state["layers"], state["update"])
+        if made_by != (type(self.engine).__name__, self.update.kind):
             raise InputError(
-                f"{checkpoint}: was trained with other layers than {self.engine.description}, whose optimizer state is of another "
-                "shape; go on where it was begun, or begin anew"
+                f"{checkpoint}: was trained by {' and '.join(made_by)}, whose optimizer state is of another shape than that of "
+                f"{type(self.engine).__name__} and {self.update.kind}; go on as it was begun, or begin anew"
             )
-        load_weights(self.bare_model, checkpoint)
-        self.engine.after_step()
-        self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.update, Update):
+            load_weights(self.bare_model, checkpoint)
+        self.update.restore(state, checkpoint)
         self.schedule.load_state_dict(state["schedule"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"])
+        if process_index() < len(state["random"]):
+            set_random_state(state["random"][process_index()])
         return state["step"]
 
 
-def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
+def prepare_run(recipe: Recipe, work_dir: Path, *, deepspeed: str | None = None, shard: bool = False) -> Run:
     """Load what the recipe names. Nothing is written.
+
+    Args:
+        deepspeed: name or file of settings of DeepSpeed's ZeRO (zero.py).
+        shard: spread the frozen layers over the processes' GPUs (shards.py).
 
     Raises:
         InputError: the recipe, its model or its data do not fit.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "WORLD_SIZE is above 1: training by several processes is not there yet; start one, without torchrun"
-        )
+    zero = zero_settings(deepspeed, recipe) if deepspeed else None
+    device = join(alone=bool(zero or shard))
+    _check_shares(recipe.training)
     set_seed(recipe.training.seed)
     settings = recipe.model
-    base_folder = model_folder(settings.name)
-    tokenizer = load_tokenizer(base_folder, trust_remote_code=settings.trust_remote_code)
-    template = choose_template(tokenizer, settings.template)
-    # before the model: wrong data is soon told
-    dataset = load_dataset(recipe.data, template=template, tokenizer=tokenizer)
+    with main_first():
+        base_folder = model_folder(settings.name)
+        tokenizer = load_tokenizer(base_folder, trust_remote_code=settings.trust_remote_code)
+        template = choose_template(tokenizer, settings.template)
+        # before the model: wrong data is soon told
+        dataset = load_dataset(recipe.data, template=template, tokenizer=tokenizer)
     _check_held_out(dataset, recipe.data)
     offload = recipe.training.offload
-    if {*offload} - {"checkpoints"}:
-        model = load_on_host(base_folder, settings, offload=offload)
+    if {*offload} - {"checkpoints"} or shard:
+        model = load_on_host(base_folder, settings, layers="layers" in offload or shard)
     else:
         model, _ = load_model(
             base_folder,
             dtype=settings.dtype,
+            device=str(device),
             double_quant=settings.double_quant,
             compute_dtype=None if settings.compute_dtype == "auto" else settings.compute_dtype,
             trust_remote_code=settings.trust_remote_code,
@@ -176,14 +211,28 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
     _keep_quantised_weights(model)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
-    AcceleratorState._reset_state()  # a second run in one notebook may compute in another type
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one notebook may compute in another type
     accelerator = Accelerator(mixed_precision=_mixed_precision(model))
     plan = plan_steps(dataset.train, recipe.data, recipe.training)
     longest = int(max(dataset.train.lengths.max(), dataset.held_out.lengths.max(initial=0)))
     flat = supports_segments(_base_model(model), longest=longest)
-    model = accelerator.prepare_model(model, device_placement=not offload)
-    engine = _make_engine(accelerator.unwrap_model(model), recipe.training, flat=flat, device=accelerator.device)
-    optimizer = accelerator.prepare(make_optimizer(engine.trainable, recipe.training))
+    # as if for evaluation: it is the loop that sums gradients, not a wrapper of the model
+    model = accelerator.prepare_model(model, device_placement=not (offload or shard), evaluation_mode=True)
+    reason = "rows are padded" if not flat else "DeepSpeed hooks into autograd" if zero else ""
+    engine = _make_engine(accelerator.unwrap_model(model), recipe.training, reason=reason, device=device, shard=shard)
+    parameters = accelerator.unwrap_model(model).num_parameters()
+    trainable_parameters = sum(parameter.numel() for parameter in engine.trainable)
+    same_everywhere(engine.trainable)
+    engine.after_step()
+    torch.manual_seed(recipe.training.seed + process_index())  # other dropout in every process
+    optimizer = make_optimizer(engine.trainable, recipe.training)
+    update: Update | ZeroUpdate
+    if zero:
+        assert isinstance(engine, PlainEngine)
+        dtype, norm = _base_model(model).dtype, recipe.training.max_grad_norm
+        update = ZeroUpdate(engine, optimizer, zero, dtype=dtype, max_grad_norm=norm)
+    else:
+        update = Update(accelerator, engine, optimizer, max_grad_norm=recipe.training.max_grad_norm)
     return Run(
         recipe=recipe,
         work_dir=work_dir,
@@ -195,23 +244,44 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
         base_folder=base_folder,
         dataset=dataset,
         plan=plan,
-        optimizer=optimizer,
-        schedule=make_schedule(optimizer, recipe.training, total_steps=plan.total_steps),
+        update=update,
+        schedule=make_schedule(update.optimizer, recipe.training, total_steps=plan.total_steps),
         flat=flat,
+        parameters=parameters,
+        trainable_parameters=trainable_parameters,
     )
 
 
 def _make_engine(
-    model: Any, settings: TrainingSettings, *, flat: bool, device: torch.device
+    model: Any, settings: TrainingSettings, *, reason: str, device: torch.device, shard: bool
 ) -> FusedEngine | PlainEngine:
-    """The fused layers where they apply."""
-    reason = why_not_fused(model) if flat else "rows are padded"
+    """The fused layers where they apply; `reason` says why they do not, where that is known."""
+    reason = reason or why_not_fused(model)
     if not reason:
-        checkpoint, offload = settings.gradient_checkpointing, settings.offload
-        return FusedEngine(model, checkpoint=checkpoint, offload=offload, device=device)
+        return FusedEngine(
+            model,
+            checkpoint=settings.gradient_checkpointing,
+            offload=settings.offload,
+            device=device,
+            places=ShardedPlaces if shard else None,
+        )
     if settings.offload:
         raise InputError(f"training.offload = {settings.offload} needs the fused layers, which do not apply: {reason}")
+    if shard:
+        raise InputError(f"--fsdp needs the fused layers, which do not apply ({reason}); use --deepspeed zero3")
     return PlainEngine(model, reason, checkpoint=settings.gradient_checkpointing)
+
+
+def _check_shares(settings: TrainingSettings) -> None:
+    """A step's micro-batches are shared out: each process must have as many."""
+    count, rest = process_count(), settings.accumulation % process_count()
+    if rest:
+        packs = settings.batch_size * settings.accumulation
+        same = f" training.batch_size={packs // count} training.accumulation={count} takes the same steps"
+        raise InputError(
+            f"training.accumulation = {settings.accumulation}: the micro-batches of a step cannot be shared out evenly among {count} "
+            f"processes; set a multiple of {count}{';' + same if packs % count == 0 else ''}"
+        )
 
 
 def _keep_quantised_weights(model: Any) -> None:
