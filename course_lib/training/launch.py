@@ -67,6 +67,7 @@ def launch(arguments: Sequence[str], *, gpus: int) -> int:
     if gpus > present:
         raise InputError(f"--gpus {gpus}: this machine has {present} GPU{'s' * (present != 1)}")
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # each process says itself what went wrong
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # NCCL warns of every process that ends early
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     config = LaunchConfig(
         min_nodes=1,

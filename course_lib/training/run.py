@@ -268,7 +268,8 @@ def _make_engine(
     if settings.offload:
         raise InputError(f"training.offload = {settings.offload} needs the fused layers, which do not apply: {reason}")
     if shard:
-        raise InputError(f"--fsdp needs the fused layers, which do not apply ({reason}); use --deepspeed zero3")
+        instead = "leave it out" if hasattr(_base_model(model), "hf_quantizer") else "use --deepspeed zero3"
+        raise InputError(f"--fsdp needs the fused layers, which do not apply ({reason}); {instead}")
     return PlainEngine(model, reason, checkpoint=settings.gradient_checkpointing)
 
 
