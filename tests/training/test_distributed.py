@@ -41,7 +41,7 @@ def started(recipe: Recipe, work_dir: Path, *more: str, processes: int = 2) -> s
         "from course_lib import cli; cli.main()"
     )
     command = [sys.executable, "-c", code, "train", str(file), "--work-dir", str(work_dir), "--gpus", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*command, *more], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from course_lib.export.merge import merge
-from course_lib.models import load_model, model_folder
+from course_lib.models import load_model
 from course_lib.recipe import load_recipe, make_recipe
 from course_lib.training.listeners import read_metrics
 from course_lib.training.loop import train
@@ -188,71 +188,37 @@ def test_a_run_in_nf4_killed_while_saving_resumes_to_the_same_adapter(make: Any,
         assert (resumed[name] - tensor).norm() < 0.02 * tensor.norm() + 1e-6, name
 
 
-CAPS = {  # GiB: what stays in host memory, adapters' type
-    8: ([], "bfloat16"),
-    6: (["embedding", "head"], "bfloat16"),
-    5: (["embedding", "head", "checkpoints"], "bfloat16"),
-    2.5: (["embedding", "head", "checkpoints", "layers"], "bfloat16"),
-}
-
-
-@pytest.fixture(scope="module")
-def internlm_7b(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A folder with random weights of InternLM-7B's shape and the tiny model's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
-
-    folder = tmp_path_factory.mktemp("internlm-7b")
-    config = LlamaConfig(
-        vocab_size=103168, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        attention_bias=True, max_position_embeddings=2048,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"), no_init_weights():
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1) if "norm" in name else parameter.normal_(0, 0.02)
-    model.save_pretrained(folder)
-    del model
-    torch.cuda.empty_cache()
-    for file in model_folder("tiny").iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, folder)
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("cap", CAPS)
-def test_a_7b_trains_under_a_cap(internlm_7b: Path, tmp_path: Path, cap: float) -> None:
-    """InternLM-7B's shape in NF4, rank 64, at 512 and 2048 tokens, in a process that may allocate no more than the cap."""
-    offload, adapters = CAPS[cap]
-    long = {"instruction": "count", "output": "one two three four five six " * 400}
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(long) for _ in range(8)))
-    for length in (512, 2048):
-        recipe = make_recipe(
-            {
-                "model": {"name": str(internlm_7b), "dtype": "nf4"},
-                "lora": {"r": 64, "alpha": 16, "dtype": adapters},
-                "data": {"path": str(tmp_path / "rows.jsonl"), "max_length": length, "over_long": "truncate"},
-                "training": {
-                    "max_steps": 4, "gradient_checkpointing": True, "optimizer": "adamw_8bit", "offload": offload, "lr": 1e-3,
-                },
-            }
-        )  # fmt: skip
-        recipe.save(tmp_path / "recipe.yaml")
-        script = (
-            "import torch\n"
-            f"torch.cuda.set_per_process_memory_fraction({cap} * 2**30 / torch.cuda.get_device_properties(0).total_memory)\n"
-            "from course_lib import load_recipe, train\n"
-            f"train(load_recipe({str(tmp_path / 'recipe.yaml')!r}), work_dir={str(tmp_path / str(length))!r})\n"
-        )
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-        assert ended.returncode == 0, ended.stderr[-2000:]
-        steps = [event for event in read_metrics(tmp_path / str(length)) if event["event"] == "StepDone"]
-        shown = {key: steps[-1][key] for key in ("loss", "grad_norm", "tokens", "tokens_per_second", "memory_bytes")}
-        print("cap:", json.dumps({"gib": cap, "max_length": length, "offload": offload, "adapters": adapters, **shown}))
-        assert steps[-1]["tokens"] == length
-        assert steps[-1]["loss"] < steps[0]["loss"]
-        assert min(step["grad_norm"] for step in steps) > 0
+def test_a_7b_trains_under_caps(tmp_path: Path) -> None:
+    """InternLM-7B's shape in NF4, rank 64, at 512 and 2048 tokens, in processes that may allocate no more than 8, 6, 5 and 2.5 GiB."""
+    script = Path(__file__).parents[2] / "benchmarks" / "memory_caps.py"
+    command = [sys.executable, str(script), "--together", "--out", str(tmp_path / "caps.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for run in json.loads((tmp_path / "caps.json").read_text())["runs"]:
+        assert run["peak_gib"] < run["cap_gib"]
+        assert run["tokens_a_step"] == run["length"]
+        assert run["losses"][-1] < run["losses"][0]
+        assert run["smallest_grad_norm"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("nf4", []),
+        ("bfloat16", ["--fsdp"]),
+        ("bfloat16", ["--deepspeed", "zero1"]),
+        ("nf4", ["--deepspeed", "zero2"]),
+        ("bfloat16", ["--deepspeed", "zero3"]),
+    ],
+)
+def test_two_gpus_take_the_steps_of_one(make: Any, tmp_path: Path, dtype: str, options: list[str]) -> None:
+    if "--deepspeed" in options:
+        pytest.importorskip("deepspeed")
+    recipe = make(model={"dtype": dtype}, training={"accumulation": 2})
+    recipe.save(tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "course_lib.cli", "train", str(tmp_path / "recipe.yaml"), "--work-dir"]
+    for name, more in {"one": [], "two": ["--gpus", "2", *options]}.items():
+        subprocess.run([*command, str(tmp_path / name), *more], check=True, timeout=300)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
