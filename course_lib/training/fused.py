@@ -15,7 +15,8 @@ from torch import nn
 
 from course_lib.training.flat import FlatParameter
 from course_lib.training.frozen import why_not_stacked
-from course_lib.training.fused_layer import GROUPS, FusedLayer, Kept, Positions
+from course_lib.training.fused_layer import FusedLayer, Kept, Positions
+from course_lib.training.fused_sizes import FAMILIES, GROUPS
 from course_lib.training.host_memory import FetchedLayers, HostHead, StoredInputs, TwoPlaces
 from course_lib.training.kernels import add_rms_norm, rms_norm_backward
 from course_lib.training.loss import chunked_loss, streamed_loss, trained_positions
@@ -23,8 +24,6 @@ from course_lib.training.offload import place
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class FusedEngine:

@@ -8,17 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from course_lib.data.tokenize import IGNORE_INDEX
+from course_lib.training.fused_sizes import LOGITS_A_CHUNK
 from course_lib.training.kernels import cross_entropy_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from course_lib.training.host_memory import HostHead
-
-
-LOGITS_A_CHUNK = 2**27  # 268 MB in 16 bits: a thousand rows or more, enough to keep a large GPU's matrix units busy
-SLICE_OF_HEAD = 2**25  # of a head in host memory: 67 MB in 16 bits, two of them at a time
-SLICE_OF_LOGITS = 2**23
 
 
 def supervised_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
@@ -113,10 +109,6 @@ def streamed_loss(
     return loss, expected.div_(total[:, None]).sub_(row_of_target).to(hidden.dtype) if gradient else None
 
 
-def slices_of(vocabulary: int, width: int, *, rows: int) -> list[slice]:
-    """Slices of a head's rows that keep both a slice and its logits, for `rows` positions, small."""
-    size = max(256, min(SLICE_OF_LOGITS // max(1, rows), SLICE_OF_HEAD // width))
-    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 def trained_tokens(batch: dict[str, Any]) -> int:
