@@ -34,3 +34,12 @@ def slices_of(vocabulary: int, width: int, *, rows: int) -> list[slice]:
     """Slices of a head's rows that keep both a slice and its logits, for `rows` positions, small."""
     size = max(256, min(SLICE_OF_LOGITS // max(1, rows), SLICE_OF_HEAD // width))
     return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
+
+
+def checkpointed_layers(setting: bool | int, layers: int) -> int:
+    """How many layers, from the first on, run forward again in backward, by the recipe's `gradient_checkpointing`.
+
+    The last layer never does: its backward comes right after its forward, so to keep what it made costs no peak. Those that are
+    kept whole are the last ones: what they hold is gone before the first layer is run again.
+    """
+    return layers - 1 if setting is True else min(int(setting), layers - 1)

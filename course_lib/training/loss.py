@@ -109,8 +109,6 @@ def streamed_loss(
     return loss, expected.div_(total[:, None]).sub_(row_of_target).to(hidden.dtype) if gradient else None
 
 
-
-
 def trained_tokens(batch: dict[str, Any]) -> int:
     """How many tokens of a batch the loss sees."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())

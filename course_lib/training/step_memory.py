@@ -6,7 +6,6 @@ Every tensor that those modules make is entered in a ledger where they make it, 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +65,7 @@ class Step:
     trained: int
     samples: int
     element: int  # bytes of the type it computes in
-    checkpoint: bool
+    checkpointed: int  # layers, from the first on, that run again in backward
     offload: Collection[str] = ()
 
 
@@ -76,49 +75,57 @@ class Ledger:
 
     Attributes:
         granule: an allocation is rounded up to its multiple: 512 bytes on a GPU (PyTorch's caching allocator).
+        workspace: of what is there, and of what was there at the peak, the part that is made for one product alone.
         moments: the most there was in each part of the step, by its name.
     """
 
     granule: int = 512
     alive: dict[str, int] = field(default_factory=dict)
-    workspace: set[str] = field(default_factory=set)
+    passing: set[str] = field(default_factory=set)
     total: int = 0
+    workspace: int = 0
     peak: int = 0
-    at_peak: Counter[str] = field(default_factory=Counter)
+    workspace_at_peak: int = 0
     moment: str = ""
     moments: dict[str, int] = field(default_factory=dict)
 
-    def hold(self, name: str, size: int, *, workspace: bool = False) -> None:
-        """A tensor of `size` bytes is made."""
+    def hold(self, name: str, size: int, *, passing: bool = False) -> None:
+        """A tensor of `size` bytes is made; `passing` counts it as workspace."""
         assert name not in self.alive, f"{name} is there already"
         if not size:
             return
         self.alive[name] = -(-size // self.granule) * self.granule
         self.total += self.alive[name]
-        if workspace:
-            self.workspace.add(name)
+        if passing:
+            self.passing.add(name)
+            self.workspace += self.alive[name]
         self.moments[self.moment] = max(self.moments.get(self.moment, 0), self.total)
         if self.total > self.peak:
-            self.peak = self.total
-            self.at_peak = Counter()
-            for other, bytes_of_other in self.alive.items():
-                self.at_peak["workspace" if other in self.workspace else "activations"] += bytes_of_other
+            self.peak, self.workspace_at_peak = self.total, self.workspace
 
     def free(self, *names: str) -> None:
         """The last name for each of these is gone. What was not held, or had no size, is passed over."""
         for name in names:
-            self.total -= self.alive.pop(name, 0)
-            self.workspace.discard(name)
+            size = self.alive.pop(name, 0)
+            self.total -= size
+            if name in self.passing:
+                self.passing.remove(name)
+                self.workspace -= size
 
     def free_layer(self, number: int, *, but: Collection[str] = ()) -> None:
         """All that is kept of a layer is gone."""
         self.free(*[name for name in self.alive if name.endswith(f" {number}") and name not in but])
 
+    def touch(self, **sizes: int) -> None:
+        """Tensors that are there for a moment, all at once."""
+        with self.during(**sizes):
+            pass
+
     @contextmanager
     def during(self, **sizes: int) -> Iterator[None]:
         """Tensors that are there for a while."""
         for name, size in sizes.items():
-            self.hold(name, size, workspace=True)
+            self.hold(name, size, passing=True)
         yield
         self.free(*sizes)
 
@@ -166,7 +173,7 @@ class _Replay:
 
     def forgets(self, number: int) -> bool:
         """Whether a layer runs again in backward."""
-        return self.step.checkpoint and number != self.last
+        return number < self.step.checkpointed
 
     def layer_forward(self, number: int, *, again: bool) -> None:
         ledger, rows, tokens, width = self.ledger, self.rows, self.step.tokens, self.shape.width
@@ -212,8 +219,7 @@ class _Replay:
         """The mask and the product; and the product of the adapter before, until its name is given to the new one."""
         if group.dropout and group.ranks:
             before = size if len(group.ranks) > 1 else 0
-            with self.ledger.during(dropped_before=before, mask=size, dropped=size):
-                pass
+            self.ledger.touch(dropped_before=before, mask=size, dropped=size)
 
     def head(self) -> None:
         ledger, step, trained = self.ledger, self.step, self.trained
@@ -229,14 +235,12 @@ class _Replay:
             self.streamed_loss()
         else:
             rows = min(step.trained, max(1, LOGITS_A_CHUNK // vocabulary))
-            before = step.trained > rows  # the chunk before has its name until the next is made
-            chunk = rows * vocabulary * step.element
+            after = min(rows, step.trained - rows)  # the first chunk has its name until the next is made
+            a_row = vocabulary * step.element
             ledger.hold("by normed", trained(width))
             ledger.hold("sum", FLOAT32)
-            with ledger.during(logits=chunk, logits_before=chunk * before):
-                pass
-            with ledger.during(logits=chunk, losses=rows * FLOAT32, their_sum=FLOAT32):
-                pass
+            ledger.touch(logits=rows * a_row, logits_after=after * a_row)
+            ledger.touch(logits=rows * a_row, losses=rows * FLOAT32, their_sum=FLOAT32)
         ledger.free("normed rows")
 
     def streamed_loss(self) -> None:
@@ -251,12 +255,9 @@ class _Replay:
             places=2 * size * width * step.element, sums=8 * step.trained * FLOAT32,
             expected=step.trained * width * FLOAT32, row_of_target=trained(width), logits=logits,
         ):  # fmt: skip
-            with ledger.during(product=narrow, logits_before=logits * several):
-                pass
-            with ledger.during(narrow=narrow, weighted=trained(width)):
-                pass
-            with ledger.during(rows_of_slice=trained(width), new_row_of_target=trained(width)):
-                pass
+            ledger.touch(product=narrow, logits_before=logits * several)
+            ledger.touch(narrow=narrow, weighted=trained(width))
+            ledger.touch(rows_of_slice=trained(width), new_row_of_target=trained(width))
             ledger.hold("by normed", trained(width))
 
     def backward(self) -> None:
@@ -317,8 +318,7 @@ class _Replay:
         """The input's gradient through each adapter's dropout."""
         if group.dropout and group.ranks:
             size = self.rows(group.inputs)
-            with self.ledger.during(through_a=size, mask=size, dropped=size):
-                pass
+            self.ledger.touch(through_a=size, mask=size, dropped=size)
 
     def attention_backward(self, number: int) -> None:
         ledger, rows, step = self.ledger, self.rows, self.step
@@ -336,8 +336,5 @@ class _Replay:
     def head_norms_backward(self) -> None:
         """By q, then by k: copies of what the norm read and of the gradient, and the norm's own results."""
         queries, keys = self.rows(self.queries), self.rows(self.keys)
-        with self.ledger.during(before=queries, by_turned=queries, by_heads=queries, normed_again=queries):
-            with self.ledger.during(before_k=keys):
-                pass
-        with self.ledger.during(old=2 * queries, before=keys, by_turned=keys, by_heads=keys, normed_again=keys):
-            pass
+        self.ledger.touch(of_q=4 * queries, k_before=keys)
+        self.ledger.touch(still_of_q=2 * queries, of_k=4 * keys)

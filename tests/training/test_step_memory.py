@@ -6,7 +6,6 @@ is their own code's doing.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,10 +22,17 @@ from course_lib.recipe import LoraSettings, make_recipe
 from course_lib.training import fused, fused_layer, fused_linear, host_memory, loss, step_memory
 from course_lib.training.adapters import add_lora
 from course_lib.training.fused import FusedEngine
-from course_lib.training.memory_prediction import fused_groups
+from course_lib.training.fused_sizes import checkpointed_layers
+from course_lib.training.memory_parts import fused_groups
 from course_lib.training.step_memory import Ledger, Step, replay_step
 
-SHAPE = {"vocab_size": 997, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE = {
+    "vocab_size": 997,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=4, attention_bias=True),
     "grouped": Qwen2Config(**SHAPE, num_key_value_heads=2),
@@ -41,15 +47,15 @@ class Tracker(TorchDispatchMode):
     def __init__(self, before: int) -> None:
         super().__init__()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.old = {tensor.untyped_storage()._cdata for tensor in _all_tensors()}
+        self.old: set[int] = set()
         self.before, self.moment, self.most = before, "forward pass", {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.old |= self._storages((args, kwargs)).keys() - self.made.keys()
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.old:
-                storage = tensor.untyped_storage()
-                self.made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        for key, storage in self._storages(result).items():
+            if key not in self.old:
+                self.made.setdefault(key, (StorageWeakRef(storage), storage.nbytes()))
         self.most[self.moment] = max(self.most.get(self.moment, 0), self.alive())
         return result
 
@@ -57,11 +63,10 @@ class Tracker(TorchDispatchMode):
         self.made = {key: made for key, made in self.made.items() if not made[0].expired()}
         return self.before + sum(size for _, size in self.made.values())
 
-
-def _all_tensors() -> list[torch.Tensor]:
-    import gc
-
-    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    @staticmethod
+    def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+        storages = [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+        return {storage._cdata: storage for storage in storages}
 
 
 class Attention(torch.autograd.Function):
@@ -119,7 +124,9 @@ def kernels_that_only_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, name, function)
 
 
-def measured(config: Any, lora: dict[str, Any], *, checkpoint: bool, offload: list[str]) -> tuple[dict[str, int], int]:
+def measured(
+    config: Any, lora: dict[str, Any], *, checkpoint: bool | int, offload: list[str]
+) -> tuple[dict[str, int], int]:
     """The most bytes in each part of a step, and how many positions were trained."""
     model = AutoModelForCausalLM.from_config(config)
     model = add_lora(model, LoraSettings(**lora)).train()
@@ -147,24 +154,30 @@ def measured(config: Any, lora: dict[str, Any], *, checkpoint: bool, offload: li
     return tracker.most, len(positions)
 
 
-CASES = [
-    ({}, False, []),
-    ({}, True, []),
-    ({"dropout": 0.1}, False, []),
-    ({"dropout": 0.1}, True, []),
-    ({"targets": ["q_proj", "v_proj"]}, True, []),
-    ({}, True, ["head", "embedding"]),
-    ({}, True, ["checkpoints"]),
-    ({}, True, ["checkpoints", "embedding", "head", "layers"]),
+CASES = [  # adapters, checkpointing, offload, whether the head takes more than one chunk
+    ({}, False, [], True),
+    ({}, True, [], False),
+    ({}, 2, [], False),
+    ({"dropout": 0.1}, False, [], False),
+    ({"dropout": 0.1}, True, [], True),
+    ({"targets": ["q_proj", "v_proj"]}, True, [], False),
+    ({}, True, ["head", "embedding"], True),
+    ({}, 2, ["checkpoints"], False),
+    ({}, True, ["checkpoints", "embedding", "head", "layers"], False),
 ]
 
 
 @pytest.mark.usefixtures("kernels_that_only_allocate")
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("chunks", [False, True])
-@pytest.mark.parametrize(("lora", "checkpoint", "offload"), CASES)
+@pytest.mark.parametrize(("lora", "checkpoint", "offload", "chunks"), CASES)
 def test_the_replay_holds_what_the_layers_hold(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, family: str, lora: dict[str, Any], checkpoint: bool, offload: list[str], chunks: bool
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+    family: str,
+    lora: dict[str, Any],
+    checkpoint: bool | int,
+    offload: list[str],
+    chunks: bool,
 ) -> None:
     if chunks:
         for module in (loss, step_memory):
@@ -178,8 +191,9 @@ def test_the_replay_holds_what_the_layers_hold(
     shape = ModelShape.of(tmp_path)
     got, trained = measured(config, lora, checkpoint=checkpoint, offload=offload)
     step = Step(
-        shape=shape, groups=fused_groups(shape, recipe), tokens=sum(LENGTHS), trained=trained, samples=len(LENGTHS),
-        element=4, checkpoint=checkpoint, offload=offload,
+        shape=shape, groups=fused_groups(shape, recipe.lora), tokens=sum(LENGTHS), trained=trained, samples=len(LENGTHS),
+        element=4,
+        checkpointed=checkpointed_layers(checkpoint, shape.layers), offload=offload,
     )  # fmt: skip
     ledger = Ledger(granule=1)
     replay_step(step, ledger)
