@@ -132,9 +132,9 @@ def plain_lasting(recipe: Recipe, shape: ModelShape) -> Lasting:
     return lasting
 
 
-def offloaded(recipe: Recipe, shape: ModelShape) -> Collection[str]:
+def offloaded(recipe: Recipe, shape: ModelShape) -> frozenset[str]:
     """What stays in host memory: an embedding and a head that are one go together."""
-    parts = {*recipe.training.offload}
+    parts = frozenset(recipe.training.offload)
     return parts | {"embedding", "head"} if shape.tied and parts & {"embedding", "head"} else parts
 
 

@@ -23,7 +23,7 @@ from course_lib.training.memory_parts import (
     tokens_a_batch,
 )
 from course_lib.training.plain_memory import plain_moments
-from course_lib.training.step_memory import Ledger, Step, replay_step
+from course_lib.training.step_memory import Step, step_memory
 
 PARTS = ("weights", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "workspace")
 CONTEXT = 500 * 10**6  # what CUDA and its libraries take beside what PyTorch allocates
@@ -78,6 +78,10 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str:
         return "full fine-tuning"
     if shape.model_type not in FAMILIES:
         return f"{shape.model_type} has layers of another shape"
+    linears = [f".{linear.name}" for linear in shape.linears]
+    for target in lora.targets if isinstance(lora.targets, list) else []:
+        if not any(name.endswith(f".{target}") for name in linears):
+            return f"{target} has an adapter"
     if computed_in(recipe) == "float16":
         return "float16 needs its gradients scaled"
     if dtype == "int8":
@@ -96,7 +100,6 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str:
 def _predict_fused(recipe: Recipe, shape: ModelShape) -> MemoryPrediction:
     assert recipe.lora is not None
     lasting, tokens = fused_lasting(recipe, shape), tokens_a_batch(recipe)
-    ledger = Ledger()
     step = Step(
         shape=shape,
         groups=tuple(fused_groups(shape, recipe.lora)),
@@ -105,17 +108,19 @@ def _predict_fused(recipe: Recipe, shape: ModelShape) -> MemoryPrediction:
         samples=recipe.training.batch_size,
         element=BYTES[computed_in(recipe)],
         checkpointed=checkpointed_layers(recipe.training.gradient_checkpointing, shape.layers),
-        offload=offloaded(recipe, shape),
+        offload=offloaded(recipe, shape) & {"head", "checkpoints"},
     )
-    replay_step(step, ledger)
-    ledger.moment = "optimizer step"
-    ledger.hold("square roots", optimizer_workspace(recipe, shape), passing=True)
-    parts = lasting.parts + Counter(
-        activations=ledger.peak - ledger.workspace_at_peak, workspace=ledger.workspace_at_peak
-    )
+    ledger, of_optimizer = step_memory(step), optimizer_workspace(recipe, shape)
+    if of_optimizer > ledger.peak:
+        moment, passing = "optimizer step", Counter(workspace=of_optimizer)
+    else:
+        moment = max(ledger.moments, key=lambda name: ledger.moments[name])
+        workspace = ledger.workspace_at_peak
+        passing = Counter(activations=ledger.peak - workspace, workspace=workspace)
+    parts = lasting.parts + passing
     return MemoryPrediction(
         parts={name: parts[name] for name in PARTS},
-        moment=max(ledger.moments, key=lambda name: ledger.moments[name]),
+        moment=moment,
         resident=lasting.parts.total(),
         host=lasting.host,
         engine="fused",

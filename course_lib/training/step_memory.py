@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from course_lib.model_shape import ModelShape
@@ -66,7 +67,7 @@ class Step:
     samples: int
     element: int  # bytes of the type it computes in
     checkpointed: int  # layers, from the first on, that run again in backward
-    offload: Collection[str] = ()
+    offload: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -99,9 +100,7 @@ class Ledger:
         if passing:
             self.passing.add(name)
             self.workspace += self.alive[name]
-        self.moments[self.moment] = max(self.moments.get(self.moment, 0), self.total)
-        if self.total > self.peak:
-            self.peak, self.workspace_at_peak = self.total, self.workspace
+        self._note(self.total, self.workspace)
 
     def free(self, *names: str) -> None:
         """The last name for each of these is gone. What was not held, or had no size, is passed over."""
@@ -117,9 +116,15 @@ class Ledger:
         self.free(*[name for name in self.alive if name.endswith(f" {number}") and name not in but])
 
     def touch(self, **sizes: int) -> None:
-        """Tensors that are there for a moment, all at once."""
-        with self.during(**sizes):
-            pass
+        """Tensors that are there for a moment, all at once, and count as workspace."""
+        size = sum(-(-size // self.granule) for size in sizes.values()) * self.granule
+        self._note(self.total + size, self.workspace + size)
+
+    def _note(self, total: int, workspace: int) -> None:
+        if total > self.moments.get(self.moment, 0):
+            self.moments[self.moment] = total
+        if total > self.peak:
+            self.peak, self.workspace_at_peak = total, workspace
 
     @contextmanager
     def during(self, **sizes: int) -> Iterator[None]:
@@ -133,6 +138,14 @@ class Ledger:
 def replay_step(step: Step, ledger: Ledger) -> None:
     """One micro-batch, forward and backward."""
     _Replay(step, ledger).run()
+
+
+@lru_cache(maxsize=1024)
+def step_memory(step: Step) -> Ledger:
+    """The ledger of a step on a GPU, closed: nothing may be entered any more. Kept, for a plan asks for the same step many times."""
+    ledger = Ledger()
+    replay_step(step, ledger)
+    return ledger
 
 
 class _Replay:

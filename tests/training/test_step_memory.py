@@ -193,7 +193,7 @@ def test_the_replay_holds_what_the_layers_hold(
     step = Step(
         shape=shape, groups=fused_groups(shape, recipe.lora), tokens=sum(LENGTHS), trained=trained, samples=len(LENGTHS),
         element=4,
-        checkpointed=checkpointed_layers(checkpoint, shape.layers), offload=offload,
+        checkpointed=checkpointed_layers(checkpoint, shape.layers), offload=frozenset(offload),
     )  # fmt: skip
     ledger = Ledger(granule=1)
     replay_step(step, ledger)
