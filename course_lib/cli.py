@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from course_lib.cli_data import data_app
+from course_lib.cli_plan import plan
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
 
@@ -33,6 +34,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(export_app, name="export")
+app.command()(plan)
 
 ScaleOption = Annotated[
     str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")

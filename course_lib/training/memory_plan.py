@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -45,6 +45,10 @@ class Candidate:
     prediction: MemoryPrediction
     slow_down: float
     trains_the_same: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        return {**asdict(self), "prediction": self.prediction.as_dict()}
 
 
 def plan_within(recipe: Recipe, shape: ModelShape, vram: int, *, gpus: int = 1) -> list[Candidate]:

@@ -7,10 +7,13 @@ For the fused layers every tensor is counted (step_memory.py); for the models' o
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+from course_lib.errors import InputError, did_you_mean
 from course_lib.model_shape import ModelShape
 from course_lib.recipe import Recipe
+from course_lib.sizes import in_gb
 from course_lib.training.fused_sizes import FAMILIES, NF4_BLOCK, NF4_GROUP, checkpointed_layers
 from course_lib.training.memory_parts import (
     BYTES,
@@ -26,6 +29,7 @@ from course_lib.training.plain_memory import plain_moments
 from course_lib.training.step_memory import Step, step_memory
 
 PARTS = ("weights", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "workspace")
+OUTSIDE_LAYERS = {"lm_head", "embed_tokens"}  # can have an adapter too
 CONTEXT = 500 * 10**6  # what CUDA and its libraries take beside what PyTorch allocates
 UNUSED_SHARE = 0.03  # of the peak: blocks that PyTorch has reserved and cannot use
 
@@ -60,13 +64,28 @@ class MemoryPrediction:
         """Memory a card must have: the peak, CUDA's own, and blocks that are reserved and cannot be used."""
         return self.peak + CONTEXT + round(UNUSED_SHARE * self.peak)
 
+    @property
+    def margin(self) -> str:
+        """What `needed` has over the peak, in words."""
+        return (
+            f"the peak, {in_gb(CONTEXT, 1)} that CUDA takes, and {UNUSED_SHARE:.0%} for blocks that PyTorch cannot use"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON takes it."""
+        return {**asdict(self), "peak": self.peak, "needed": self.needed}
+
 
 def predict_memory(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> MemoryPrediction:
     """Predict a run's memory on each of its GPUs, for packs that are full and trained on every token.
 
     Args:
         gpus: each has a whole copy of the model and batches of its own.
+
+    Raises:
+        InputError: an adapter's target is no linear layer of the model.
     """
+    _check_targets(recipe, shape)
     reason = why_plain(recipe, shape)
     return _predict_plain(recipe, shape, reason) if reason else _predict_fused(recipe, shape)
 
@@ -95,6 +114,16 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str:
                 f"a linear layer has {linear.inputs * linear.outputs} weights, no whole number of quantisation blocks"
             )
     return ""
+
+
+def _check_targets(recipe: Recipe, shape: ModelShape) -> None:
+    names = {linear.name.rsplit(".", 1)[-1] for linear in shape.linears}
+    for target in recipe.lora.targets if recipe.lora and isinstance(recipe.lora.targets, list) else []:
+        if target.rsplit(".", 1)[-1] not in names | OUTSIDE_LAYERS:
+            raise InputError(
+                f"lora.targets: {target!r} is no linear layer of {shape.model_type} (it has {', '.join(sorted(names))})"
+                f"{did_you_mean(target, names)}"
+            )
 
 
 def _predict_fused(recipe: Recipe, shape: ModelShape) -> MemoryPrediction:
