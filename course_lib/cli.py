@@ -34,7 +34,6 @@ app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(export_app, name="export")
-app.command()(plan)
 
 ScaleOption = Annotated[
     str | None, typer.Option("--scale", help="tiny, cpu or gpu; default: COURSE_SCALE, else what the machine has")
@@ -166,6 +165,9 @@ def recipes_copy(name: str, folder: Annotated[Path, typer.Argument()] = Path()) 
     from course_lib.recipe import copy_recipe
 
     print(copy_recipe(name, folder))
+
+
+app.command()(plan)
 
 
 @app.command()

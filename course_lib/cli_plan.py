@@ -30,6 +30,7 @@ def plan(
         str | None, typer.Option(metavar="SIZE", help="memory of the card, such as 8GiB: list the settings that fit")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together, each with a copy of the model")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="the frozen layers are spread over the GPUs")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Predict a training's GPU memory by part, without loading anything; and say which settings fit."""
@@ -41,9 +42,13 @@ def plan(
     size = None if vram is None else parse_size(vram, of="--vram", bare=False)
     loaded = load_recipe(recipe, overrides or [])
     shape = ModelShape.of(loaded.model.name)
-    prediction = predict_memory(loaded, shape, gpus=gpus)
-    sizes = CARDS if size is None else (size,)
-    found = {card: plan_within(loaded, shape, card, gpus=gpus) for card in sizes}
+    prediction = predict_memory(loaded, shape, gpus=gpus, shard=fsdp)
+    found: dict[int, list[Candidate]] = {}
+    for card in CARDS if size is None else (size,):
+        if size or prediction.needed > card:
+            found[card] = plan_within(loaded, shape, card, gpus=gpus, shard=fsdp)
+        else:
+            found[card] = []  # it fits as it is, and nothing more was asked
     if as_json:
         cards = [_card_as_dict(card, prediction, candidates) for card, candidates in found.items()]
         print(json.dumps({"recipe": recipe, "gpus": gpus, **prediction.as_dict(), "cards": cards}, indent=1))
@@ -58,14 +63,13 @@ def plan(
         for card, candidates in found.items():
             say(f"{in_gib(card, 0):>7}  {_verdict(card, prediction, candidates)}")
     else:
-        _print_candidates(say, size, prediction, found[size])
+        _print_candidates(say, vram or "", prediction, size, found[size])
 
 
 def _print_parts(console: Console, say: Any, prediction: MemoryPrediction, gpus: int) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("part")
-    table.add_column("GB", justify="right")
-    table.add_column("")
+    for name, side in (("part", "left"), ("GB", "right"), ("", "left")):
+        table.add_column(name, justify=side)
     largest = max(prediction.parts.values())
     for name, size in prediction.parts.items():
         table.add_row(name, f"{size / 1e9:.2f}", "█" * round(30 * size / largest), style=None if size else "dim")
@@ -74,9 +78,9 @@ def _print_parts(console: Console, say: Any, prediction: MemoryPrediction, gpus:
     how = "counted tensor by tensor" if prediction.engine == "fused" else f"estimated ({prediction.reason})"
     each = "" if gpus == 1 else f" on each of {gpus} GPUs"
     say(f"\n{prediction.engine} layers, {how}; packs taken as full and wholly trained")
-    say(f"a card needs {in_gib(prediction.needed)}{each}: {prediction.margin}")
+    say(f"the card must have {in_gib(prediction.needed)}{each}: the peak, {prediction.margin}")
     if prediction.host:
-        say(f"host memory beside what is usual: {in_gb(prediction.host, 1)}{each}")
+        say(f"host memory{each}: {in_gb(prediction.host, 1)} for what is offloaded, and paged optimizer states")
     say("")
 
 
@@ -85,12 +89,14 @@ def _verdict(card: int, prediction: MemoryPrediction, candidates: list[Candidate
         return f"fits, {in_gib(card - prediction.needed)} to spare"
     if not candidates:
         return "does not fit with any setting; take a smaller model"
-    return f"does not fit; would with {_settings(candidates[0])} ({_cost(candidates[0])})"
+    return f"does not fit; fits with {_settings(candidates[0])} ({_cost(candidates[0])})"
 
 
-def _print_candidates(say: Any, card: int, prediction: MemoryPrediction, candidates: list[Candidate]) -> None:
-    as_it_is = "fits" if prediction.needed <= card else f"does not fit ({in_gib(prediction.needed)})"
-    say(f"{in_gib(card)}: the recipe {as_it_is} as it is")
+def _print_candidates(
+    say: Any, asked: str, prediction: MemoryPrediction, card: int, candidates: list[Candidate]
+) -> None:
+    as_it_is = "fits" if prediction.needed <= card else "does not fit"
+    say(f"{asked.strip()} ({in_gib(card)}): the recipe {as_it_is} as it is")
     others = [candidate for candidate in candidates if candidate.overrides]
     if not others:
         say("no other setting is worth it" if candidates else "nor does it with any setting; take a smaller model")

@@ -80,24 +80,28 @@ def fused_groups(shape: ModelShape, lora: LoraSettings) -> list[Group]:
     return groups
 
 
-def fused_lasting(recipe: Recipe, shape: ModelShape) -> Lasting:
-    """Of a run of the fused layers."""
+def fused_lasting(recipe: Recipe, shape: ModelShape, *, shares: int = 1) -> Lasting:
+    """Of a run of the fused layers. Where `shares` is above 1, each GPU has that share of the frozen layers (shards.py)."""
     assert recipe.lora is not None
     lasting, offload, element = Lasting(), offloaded(recipe, shape), BYTES[computed_in(recipe)]
     groups = fused_groups(shape, recipe.lora)
     tensors = [size for group in groups for size in _frozen_tensors(group, recipe, element)]
+    place = sum(ceil(size / ALIGNMENT_ON_HOST) * ALIGNMENT_ON_HOST for size in tensors)
     if "layers" in offload:
-        place = sum(ceil(size / ALIGNMENT_ON_HOST) * ALIGNMENT_ON_HOST for size in tensors)
         lasting.parts["workspace"] += 2 * allocated(place)
         lasting.host += shape.layers * pinned(place)
+    elif shares > 1:
+        part = ceil(place / shares)
+        lasting.parts["workspace"] += 2 * allocated(part * shares)
+        lasting.parts["weights"] += shape.layers * allocated(part)
     else:
         lasting.parts["weights"] += shape.layers * sum(map(allocated, tensors))
     lasting.parts["weights"] += _small_tensors(shape, groups, element)
     _add_tables(lasting, shape, offload, element)
     if "checkpoints" in offload:
-        place = tokens_a_batch(recipe) * shape.width * element
-        lasting.parts["workspace"] += 2 * allocated(place)
-        lasting.host += (shape.layers - 1) * pinned(place)
+        inputs = tokens_a_batch(recipe) * shape.width * element
+        lasting.parts["workspace"] += 2 * allocated(inputs)
+        lasting.host += (shape.layers - 1) * pinned(inputs)
     if recipe.model.dtype == "nf4":  # where weights are dequantised
         lasting.parts["workspace"] += allocated(max(group.whole for group in groups) * element)
     lasting.parts["workspace"] += MATRIX_WORKSPACE

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from course_lib.errors import InputError
 from course_lib.model_shape import ModelShape
@@ -31,6 +31,13 @@ WORTH = 0.98  # of the memory of the candidate before: what saves less is not wo
 SHORTEST = 128  # tokens: below this, rows are not proposed to be cut
 
 
+class Shares(TypedDict):
+    """`predict_memory`'s further arguments."""
+
+    gpus: int
+    shard: bool
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Settings that fit.
@@ -51,26 +58,27 @@ class Candidate:
         return {**asdict(self), "prediction": self.prediction.as_dict()}
 
 
-def plan_within(recipe: Recipe, shape: ModelShape, vram: int, *, gpus: int = 1) -> list[Candidate]:
+def plan_within(recipe: Recipe, shape: ModelShape, vram: int, *, gpus: int = 1, shard: bool = False) -> list[Candidate]:
     """Settings under which a run fits into a card of `vram` bytes, the fastest first.
 
     Each further one is slower, or changes more, and needs less memory than all before it. Where nothing fits, the nearest settings
     that train something else (shorter rows, adapters instead of all weights) are looked for; the list is empty where there are none.
     """
-    found = _fitting(recipe, recipe, (), shape, vram, gpus)
+    shares = Shares(gpus=gpus, shard=shard)
+    found = _fitting(recipe, recipe, (), shape, vram, shares)
     for more in _other_trainings(recipe) if not found else ():
-        if others := _fitting(recipe, with_overrides(recipe, more), more, shape, vram, gpus):
+        if others := _fitting(recipe, with_overrides(recipe, more), more, shape, vram, shares):
             return [replace(others[0], trains_the_same=False)]
     return found
 
 
 def _fitting(
-    asked: Recipe, recipe: Recipe, begin: tuple[str, ...], shape: ModelShape, vram: int, gpus: int
+    asked: Recipe, recipe: Recipe, begin: tuple[str, ...], shape: ModelShape, vram: int, shares: Shares
 ) -> list[Candidate]:
     """Settings that fit, each beginning with those that made `recipe` of the recipe that was asked about."""
     found = []
     for overrides in _variants(recipe):
-        if fits := _with_least_checkpointing(recipe, overrides, shape, vram, gpus):
+        if fits := _with_least_checkpointing(recipe, overrides, shape, vram, shares):
             chosen, new, prediction = fits
             found.append(Candidate((*begin, *chosen), prediction, slow_down(asked, new, shape)))
     found.sort(key=lambda one: (round(one.slow_down, 2), len(one.overrides), one.prediction.needed))
@@ -143,7 +151,7 @@ def _variants(recipe: Recipe) -> Iterator[tuple[str, ...]]:
 
 
 def _with_least_checkpointing(
-    recipe: Recipe, overrides: tuple[str, ...], shape: ModelShape, vram: int, gpus: int
+    recipe: Recipe, overrides: tuple[str, ...], shape: ModelShape, vram: int, shares: Shares
 ) -> tuple[tuple[str, ...], Recipe, MemoryPrediction] | None:
     """The overrides with as few checkpointed layers as fit, and what comes of them; None where even all are too few."""
     checkpointing = recipe.training.gradient_checkpointing
@@ -157,7 +165,7 @@ def _with_least_checkpointing(
             new = with_overrides(recipe, chosen)
         except InputError:  # settings that exclude one another, such as int8 and an offloaded head
             return None
-        prediction = predict_memory(new, shape, gpus=gpus)
+        prediction = predict_memory(new, shape, **shares)
         fits = prediction.needed <= vram and not (new.training.offload and prediction.engine == "plain")
         return (chosen, new, prediction) if fits else None
 

@@ -30,7 +30,9 @@ from course_lib.training.step_memory import Step, step_memory
 
 PARTS = ("weights", "embedding", "head", "adapters", "gradients", "optimizer", "activations", "workspace")
 OUTSIDE_LAYERS = {"lm_head", "embed_tokens"}  # can have an adapter too
-CONTEXT = 500 * 10**6  # what CUDA and its libraries take beside what PyTorch allocates
+CONTEXT = NCCL = (
+    500 * 10**6
+)  # what CUDA, and the library by which several GPUs speak, take beside what PyTorch allocates
 UNUSED_SHARE = 0.03  # of the peak: blocks that PyTorch has reserved and cannot use
 
 
@@ -42,8 +44,9 @@ class MemoryPrediction:
         parts: what is there at the peak, in the order of `PARTS`; it sums to `peak`.
         moment: when the peak is.
         resident: what stays between two steps.
-        host: what stays in host memory for the run: offloaded parts, in the powers of two that pinned memory comes in, and
-            paged optimizer states.
+        host: what stays in host memory for the run, beside what is usual: offloaded parts, in the powers of two that pinned memory
+            comes in, and paged optimizer states, which the GPU holds too while it has room.
+        libraries: what CUDA, and with several GPUs NCCL, takes beside what PyTorch allocates.
         engine: fused, or plain for the model's own layers, for which activations are estimated; `reason` says why plain.
     """
 
@@ -51,6 +54,7 @@ class MemoryPrediction:
     moment: str
     resident: int
     host: int
+    libraries: int
     engine: str
     reason: str = ""
 
@@ -61,33 +65,37 @@ class MemoryPrediction:
 
     @property
     def needed(self) -> int:
-        """Memory a card must have: the peak, CUDA's own, and blocks that are reserved and cannot be used."""
-        return self.peak + CONTEXT + round(UNUSED_SHARE * self.peak)
+        """Memory a card must have: the peak, the libraries', and blocks that PyTorch has reserved and cannot use."""
+        return self.peak + self.libraries + round(UNUSED_SHARE * self.peak)
 
     @property
     def margin(self) -> str:
         """What `needed` has over the peak, in words."""
-        return (
-            f"the peak, {in_gb(CONTEXT, 1)} that CUDA takes, and {UNUSED_SHARE:.0%} for blocks that PyTorch cannot use"
-        )
+        return f"{in_gb(self.libraries, 1)} for CUDA's own, {UNUSED_SHARE:.0%} for blocks that PyTorch cannot use"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it."""
         return {**asdict(self), "peak": self.peak, "needed": self.needed}
 
 
-def predict_memory(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> MemoryPrediction:
+def predict_memory(recipe: Recipe, shape: ModelShape, *, gpus: int = 1, shard: bool = False) -> MemoryPrediction:
     """Predict a run's memory on each of its GPUs, for packs that are full and trained on every token.
 
     Args:
-        gpus: each has a whole copy of the model and batches of its own.
+        gpus: each has adapters, gradients and batches of its own.
+        shard: each has its share of the frozen layers only (`course train --fsdp`); else it has them whole.
 
     Raises:
-        InputError: an adapter's target is no linear layer of the model.
+        InputError: an adapter's target is no linear layer of the model, or layers are to be shared that are not fused.
     """
     _check_targets(recipe, shape)
     reason = why_plain(recipe, shape)
-    return _predict_plain(recipe, shape, reason) if reason else _predict_fused(recipe, shape)
+    if reason and shard:
+        raise InputError(f"--fsdp needs the fused layers, which do not apply ({reason}); leave it out")
+    libraries = CONTEXT + (NCCL if gpus > 1 else 0)
+    if reason:
+        return _predict_plain(recipe, shape, gpus, libraries, reason)
+    return _predict_fused(recipe, shape, gpus if shard else 1, libraries)
 
 
 def why_plain(recipe: Recipe, shape: ModelShape) -> str:
@@ -126,9 +134,9 @@ def _check_targets(recipe: Recipe, shape: ModelShape) -> None:
             )
 
 
-def _predict_fused(recipe: Recipe, shape: ModelShape) -> MemoryPrediction:
+def _predict_fused(recipe: Recipe, shape: ModelShape, shares: int, libraries: int) -> MemoryPrediction:
     assert recipe.lora is not None
-    lasting, tokens = fused_lasting(recipe, shape), tokens_a_batch(recipe)
+    lasting, tokens = fused_lasting(recipe, shape, shares=shares), tokens_a_batch(recipe)
     step = Step(
         shape=shape,
         groups=tuple(fused_groups(shape, recipe.lora)),
@@ -152,14 +160,17 @@ def _predict_fused(recipe: Recipe, shape: ModelShape) -> MemoryPrediction:
         moment=moment,
         resident=lasting.parts.total(),
         host=lasting.host,
+        libraries=libraries,
         engine="fused",
     )
 
 
-def _predict_plain(recipe: Recipe, shape: ModelShape, reason: str) -> MemoryPrediction:
+def _predict_plain(recipe: Recipe, shape: ModelShape, gpus: int, libraries: int, reason: str) -> MemoryPrediction:
     lasting = plain_lasting(recipe, shape)
     gradients = lasting.parts.pop("gradients")
-    most = max(plain_moments(recipe, shape), key=lambda at: at.activations + at.workspace + at.gradients * gradients)
+    most = max(
+        plain_moments(recipe, shape, gpus=gpus), key=lambda at: at.activations + at.workspace + at.gradients * gradients
+    )
     parts = lasting.parts + Counter(
         activations=most.activations, workspace=most.workspace, gradients=round(most.gradients * gradients)
     )
@@ -168,6 +179,7 @@ def _predict_plain(recipe: Recipe, shape: ModelShape, reason: str) -> MemoryPred
         moment=most.name,
         resident=lasting.parts.total(),
         host=lasting.host,
+        libraries=libraries,
         engine="plain",
         reason=reason,
     )

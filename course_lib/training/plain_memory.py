@@ -66,7 +66,7 @@ def _distinct(linears: list[LinearShape]) -> int:
     return sum(inputs.values())
 
 
-def plain_moments(recipe: Recipe, shape: ModelShape) -> list[Moment]:
+def plain_moments(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> list[Moment]:
     """The moments of a step at which most can be there."""
     element, tokens, layers = BYTES[computed_in(recipe)], tokens_a_batch(recipe), shape.layers
     checkpointing = recipe.training.gradient_checkpointing
@@ -74,7 +74,7 @@ def plain_moments(recipe: Recipe, shape: ModelShape) -> list[Moment]:
     a_layer, an_input = tokens * kept_by_layer(recipe, shape), tokens * shape.width * element
     kept = again * an_input + (layers - again) * a_layer
     hidden = tokens * shape.width * (FLOAT32 + 2 * element)  # the last norm's input, and its output with a gradient
-    earlier = 1.0 if recipe.training.accumulation > 1 else 0.0  # gradients of the micro-batches before
+    earlier = 1.0 if recipe.training.accumulation > gpus else 0.0  # gradients of the micro-batches before
     lora_copies = _cast_adapters(recipe, shape)
     passing = tokens * element * (4 * shape.intermediate + 4 * shape.width) + _dequantised(recipe, shape)
     share = 1 / layers
