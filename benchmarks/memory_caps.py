@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from several_gpus import random_model
 
-from course_lib.recipe import make_recipe
+from course_lib.model_shape import ModelShape
+from course_lib.recipe import load_recipe, make_recipe
 from course_lib.training.listeners import read_metrics
+from course_lib.training.memory_prediction import predict_memory
 
 GIB = 2**30
 CAPS: dict[float, list[str]] = {  # GiB: what stays in host memory
@@ -92,10 +94,13 @@ def main() -> None:
             ended = [outcome(run, folder) for run, (_, _, folder) in zip(started, waiting, strict=True)]
         else:
             ended = [outcome(start(model, folder, cap, length), folder) for cap, length, folder in waiting]
-    for (cap, length, _), found in zip(waiting, ended, strict=True):
+        shape = ModelShape.of(model)
+        predicted = [predict_memory(load_recipe(folder.with_suffix(".yaml")), shape).peak for _, _, folder in waiting]
+    for (cap, length, _), found, foretold in zip(waiting, ended, predicted, strict=True):
+        found["predicted_gib"] = foretold / GIB
         result["runs"].append({"cap_gib": cap, "length": length, "offload": CAPS[cap], **found})
         shown = found.get("error") or (
-            f"peak {found['peak_gib']:.2f} GiB, {found['tokens_per_second']:,.0f} tokens/s, loss "
+            f"peak {found['peak_gib']:.2f} GiB, predicted {found['predicted_gib']:.2f}, {found['tokens_per_second']:,.0f} tokens/s, loss "
             f"{found['losses'][0]:.2f} to {found['losses'][-1]:.2f}"
         )
         print(f"{cap:4} GiB, {length:4} tokens: {shown}", flush=True)

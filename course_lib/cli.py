@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from course_lib.cli_data import data_app
+from course_lib.cli_plan import plan
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
 
@@ -164,6 +165,9 @@ def recipes_copy(name: str, folder: Annotated[Path, typer.Argument()] = Path()) 
     from course_lib.recipe import copy_recipe
 
     print(copy_recipe(name, folder))
+
+
+app.command()(plan)
 
 
 @app.command()

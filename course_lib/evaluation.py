@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+MOST_TOKENS = 2048  # a batch, padding and all, unless one row is longer: evaluation takes no more memory than training
+
+
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, examples: Sequence[Example], *, batch_size: int = 8) -> float:
     """Mean cross entropy in nats over the trained tokens of `examples`: each token counts the same.
@@ -22,19 +25,27 @@ def held_out_loss(model: PreTrainedModel, examples: Sequence[Example], *, batch_
     Rows are sorted by length so that little is padded. The model is put into evaluation mode and attends as it is set to, in
     any way that takes padded rows (not `segments`); `load_model` sets SDPA.
     """
-    from course_lib.training.loss import supervised_loss, trained_tokens
+    from course_lib.training.loss import evaluated_loss, trained_tokens
 
     model.eval()
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
     total, count = 0.0, 0
-    for start in range(0, len(by_length), batch_size):
-        batch = {
-            name: value.to(model.device)
-            for name, value in pad(by_length[start : start + batch_size], pad_token_id=0).items()
-        }
-        total += supervised_loss(model, batch).item()
+    for rows in _batches(sorted(examples, key=lambda example: len(example.input_ids)), batch_size):
+        batch = {name: value.to(model.device) for name, value in pad(rows, pad_token_id=0).items()}
+        total += evaluated_loss(model, batch).item()
         count += trained_tokens(batch)
     return total / count
+
+
+def _batches(by_length: Sequence[Example], batch_size: int) -> Iterator[Sequence[Example]]:
+    """At most `batch_size` rows, and `MOST_TOKENS` tokens of their rectangle."""
+    rows: list[Example] = []
+    for example in by_length:
+        if rows and (len(rows) == batch_size or (len(rows) + 1) * len(example.input_ids) > MOST_TOKENS):
+            yield rows
+            rows = []
+        rows.append(example)
+    if rows:
+        yield rows
 
 
 def mentions(text: str, name: str) -> bool:

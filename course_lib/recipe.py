@@ -193,9 +193,16 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise InputError(f"{path}: holds nothing but comments; course recipes show NAME prints a whole recipe")
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {type(content).__name__}, not a recipe of keys and values")
-    for override in overrides:
-        _override(content, override)
-    return make_recipe(content, origin=str(path))
+    return _make_with(content, overrides, origin=str(path))
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A copy of a recipe with `a.b=c` overrides.
+
+    Raises:
+        InputError: an unknown key, or a value out of range.
+    """
+    return _make_with(recipe.model_dump(), overrides, origin="recipe")
 
 
 def make_recipe(content: dict[str, Any], *, origin: str = "recipe") -> Recipe:
@@ -239,6 +246,12 @@ def copy_recipe(name: str, folder: str | Path = ".") -> Path:
     target = file_to_write(Path(folder) / source.name, overwrite=False)
     write_text(target, source.read_text(encoding="utf-8"))
     return target
+
+
+def _make_with(content: dict[str, Any], overrides: Sequence[str], *, origin: str) -> Recipe:
+    for override in overrides:
+        _override(content, override)
+    return make_recipe(content, origin=origin)
 
 
 def _find(name_or_path: str | Path) -> Path:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from course_lib import evaluation
 from course_lib.data.tokenize import IGNORE_INDEX, Example
 from course_lib.evaluation import held_out_loss, mentions
 from course_lib.models import load_model
+from course_lib.training import loss
 
 
 def test_held_out_loss_equals_a_computation_by_hand(tiny: Path) -> None:
@@ -28,6 +30,34 @@ def test_held_out_loss_equals_a_computation_by_hand(tiny: Path) -> None:
     assert count == 2 + 1 + 5
     assert held_out_loss(model, rows) == pytest.approx(total / count, rel=1e-5)
     assert held_out_loss(model, rows, batch_size=1) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_evaluation_never_holds_all_logits_or_a_large_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 60 tokens in batches of 130, and 7 rows of logits at a time: the same loss as in one piece."""
+    model, _ = load_model("tiny", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (60, 5, 60, 41, 60, 60, 200):
+        ids = torch.randint(3, 250, (length,), generator=generator).tolist()
+        rows.append(Example(ids, [IGNORE_INDEX] * 2 + ids[2:]))
+    whole = held_out_loss(model, rows)
+    monkeypatch.setattr(evaluation, "MOST_TOKENS", 130)
+    monkeypatch.setattr(loss, "LOGITS_A_CHUNK", 7 * model.config.vocab_size)
+    shapes = []
+    batches = evaluation.pad
+    monkeypatch.setattr(evaluation, "pad", lambda rows, **more: shapes.append(rows) or batches(rows, **more))
+    most = 0
+    cross_entropy = loss.cross_entropy_
+
+    def counted(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        most = max(most, len(logits))
+        return cross_entropy(logits, targets)
+
+    monkeypatch.setattr(loss, "cross_entropy_", counted)
+    assert held_out_loss(model, rows) == pytest.approx(whole, rel=1e-5)
+    assert [[len(row.input_ids) for row in batch] for batch in shapes] == [[5, 41], [60, 60], [60, 60], [200]]
+    assert most == 7
 
 
 @pytest.mark.parametrize(

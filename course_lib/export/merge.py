@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,12 +24,12 @@ from course_lib.files import atomic_folder, file_to_write, read_json
 from course_lib.internlm.adapter import llama_names
 from course_lib.internlm.layout import layout_of
 from course_lib.models import model_folder
+from course_lib.sizes import parse_size
 
 if TYPE_CHECKING:
     import torch
 
 OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: safetensors' name
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 # Files of the base that would be wrong beside the merged weights: they tell of another origin, or of an adapter to load.
 NOT_COPIED = ("config.json", "source.json", "course.json", "adapter_config.json")
@@ -74,7 +73,7 @@ def merge(
     check_adapter(adapter, base)
     if dtype not in ("auto", *OUTPUT_DTYPES):
         raise InputError(f"dtype {dtype!r} is unknown: choose auto, {', '.join(OUTPUT_DTYPES)}")
-    limit = _parse_size(max_shard_size)
+    limit = parse_size(max_shard_size, of="max_shard_size")
     _check_out(target, [base, adapter], overwrite=overwrite)
     config = read_json(base / "config.json")
     lora, trained = llama_names(adapter, base)
@@ -212,11 +211,3 @@ def _check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:
     file_to_write(out, overwrite=overwrite)
     if out.exists() and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out}: is no model folder, so it is not overwritten; choose another output folder")
-
-
-def _parse_size(size: str | int) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[KMG]I?)B?", str(size).strip().upper())
-    number = int(float(match[1]) * UNITS[match[2]]) if match else 0
-    if number < 1:
-        raise InputError(f"max_shard_size {size!r} is no size: write a number of bytes, or such as 500MB, 2GB, 2GiB")
-    return number

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from course_lib.training.fused_sizes import NF4_BLOCK, NF4_GROUP, aligned
 from course_lib.training.kernels import dequantise_nf4
-
-ALIGNMENT = 64  # elements: rows of a matrix begin where the fast products want them
 
 _scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
@@ -40,8 +39,7 @@ class FrozenLinears:
         self.out_features = [layer.out_features for layer in layers]
         self.rows, self.columns = sum(self.out_features), layers[0].in_features
         self.more_rows, self.more_columns = more_rows, more_columns
-        aligned = -(-more_columns // ALIGNMENT) * ALIGNMENT
-        self._shape = (self.rows + more_rows, self.columns + aligned)
+        self._shape = (self.rows + more_rows, self.columns + aligned(more_columns))
         self.bias = _stacked_bias(layers, dtype, device)
         self._layers = layers
         self._code: torch.Tensor | None = None
@@ -81,12 +79,12 @@ class FrozenLinears:
         start = 0
         for layer in self._layers:
             state, shape = layer.weight.quant_state, layer.weight.shape
-            end = start + layer.out_features * layer.in_features // 64
+            end = start + layer.out_features * layer.in_features // NF4_BLOCK
             layer.weight.data = tensors[0][start * 32 : end * 32].view(shape)
             state.absmax = tensors[1][start:end]
             if state.nested:
-                state.state2.code, state.state2.absmax = tensors[2], tensors[3][start // 256 : end // 256]
-                state.offset = tensors[4][start // 256]
+                state.state2.code, state.state2.absmax = tensors[2], tensors[3][start // NF4_GROUP : end // NF4_GROUP]
+                state.offset = tensors[4][start // NF4_GROUP]
             start = end
 
 
@@ -113,9 +111,13 @@ def why_not_stacked(layer: nn.Module) -> str:
     if type(layer).__name__ != "Linear4bit" or state is None:
         return f"is a {type(layer).__name__}"
     weights = layer.in_features * layer.out_features
-    if state.quant_type != "nf4" or state.blocksize != 64 or (state.nested and state.state2.blocksize != 256):
+    if (
+        state.quant_type != "nf4"
+        or state.blocksize != NF4_BLOCK
+        or (state.nested and state.state2.blocksize != NF4_GROUP)
+    ):
         return f"holds {state.quant_type} in blocks of {state.blocksize}"
-    if weights % (64 * 256 if state.nested else 64):
+    if weights % (NF4_BLOCK * NF4_GROUP if state.nested else NF4_BLOCK):
         return f"has {weights} weights, no whole number of quantisation blocks"
     return ""
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from course_lib.training.flat import FlatParameter
 from course_lib.training.frozen import why_not_stacked
-from course_lib.training.fused_layer import GROUPS, FusedLayer, Kept, Positions
+from course_lib.training.fused_layer import FusedLayer, Kept, Positions
+from course_lib.training.fused_sizes import FAMILIES, GROUPS, checkpointed_layers
 from course_lib.training.host_memory import FetchedLayers, HostHead, StoredInputs, TwoPlaces
 from course_lib.training.kernels import add_rms_norm, rms_norm_backward
 from course_lib.training.loss import chunked_loss, streamed_loss, trained_positions
@@ -23,8 +24,6 @@ from course_lib.training.offload import place
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class FusedEngine:
@@ -177,15 +176,6 @@ class _DecoderLoss(torch.autograd.Function):
         passed, ctx.passed = ctx.passed, None  # what autograd frees by itself is only what it saved itself
         ctx.engine.backward(grad, passed)
         return None, None, None
-
-
-def checkpointed_layers(setting: bool | int, layers: int) -> int:
-    """How many layers, from the first on, run forward again in backward, by the recipe's `gradient_checkpointing`.
-
-    The last layer never does: its backward comes right after its forward, so to keep what it made costs no peak. Those that are
-    kept whole are the last ones: what they hold is gone before the first layer is run again.
-    """
-    return layers - 1 if setting is True else min(int(setting), layers - 1)
 
 
 def why_not_fused(model: Any) -> str:

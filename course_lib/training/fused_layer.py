@@ -11,7 +11,7 @@ computed: in the second forward pass of checkpointing, the last product of the l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,16 +19,8 @@ from torch import nn
 from course_lib.training.attention import attend
 from course_lib.training.flat import FlatParameter
 from course_lib.training.fused_linear import FusedLinears, Saved
+from course_lib.training.fused_sizes import GROUPS
 from course_lib.training.kernels import add_rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward_
-
-# Inputs of the first and third come from a norm and output gradients of the others go around one, so a kernel of ours makes the
-# rows beside which an adapter's part is written.
-GROUPS: tuple[tuple[str, tuple[str, ...], Literal["forward", "backward"]], ...] = (
-    ("self_attn", ("q_proj", "k_proj", "v_proj"), "forward"),
-    ("self_attn", ("o_proj",), "backward"),
-    ("mlp", ("gate_proj", "up_proj"), "forward"),
-    ("mlp", ("down_proj",), "backward"),
-)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from course_lib.training.flat import FlatParameter
-from course_lib.training.frozen import ALIGNMENT, FrozenLinears
+from course_lib.training.frozen import FrozenLinears
+from course_lib.training.fused_sizes import ALIGNMENT, aligned
 from course_lib.training.kernels import put_beside
 
 
@@ -195,8 +196,7 @@ class FusedLinears:
 
 
 def _with_room(like: torch.Tensor, more: int) -> torch.Tensor:
-    aligned = -(-more // ALIGNMENT) * ALIGNMENT
-    return like.new_empty(len(like), like.shape[1] + aligned)[:, : like.shape[1] + more]
+    return like.new_empty(len(like), like.shape[1] + aligned(more))[:, : like.shape[1] + more]
 
 
 def _scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float, *, out: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from course_lib.training.frozen import FrozenLinears
-from course_lib.training.loss import slices_of
-
-ALIGNMENT = 256  # bytes between the tensors of a layer
+from course_lib.training.fused_sizes import ALIGNMENT_ON_HOST, slices_of
 
 
 class TwoPlaces:
@@ -175,7 +173,9 @@ class HostHead(nn.Module):
 
 
 def _size(tensors: list[torch.Tensor]) -> int:
-    return sum(-(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT for tensor in tensors)
+    return sum(
+        -(-tensor.numel() * tensor.element_size() // ALIGNMENT_ON_HOST) * ALIGNMENT_ON_HOST for tensor in tensors
+    )
 
 
 def _views(place: torch.Tensor, like: list[torch.Tensor], start: int) -> tuple[list[torch.Tensor], int]:

@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from course_lib.data.tokenize import IGNORE_INDEX
+from course_lib.training.fused_sizes import FAMILIES, LOGITS_A_CHUNK
 from course_lib.training.kernels import cross_entropy_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from course_lib.training.host_memory import HostHead
-
-
-LOGITS_A_CHUNK = 2**27  # 268 MB in 16 bits: a thousand rows or more, enough to keep a large GPU's matrix units busy
-SLICE_OF_HEAD = 2**25  # of a head in host memory: 67 MB in 16 bits, two of them at a time
-SLICE_OF_LOGITS = 2**23
 
 
 def supervised_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
@@ -37,6 +34,25 @@ def supervised_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tens
     positions, targets = trained_positions(batch)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits  # (rows, len(positions), vocabulary)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@torch.no_grad()
+def evaluated_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """`supervised_loss` without a gradient, and without all logits at once where the head is one product.
+
+    For 8 rows of 2,048 tokens and a vocabulary of 150,000, the logits alone would take 25 GB on the way to the loss.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    if base.config.model_type not in FAMILIES or not (type(head) is nn.Linear or hasattr(head, "slices")):
+        return supervised_loss(model, batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]
+    trained = targets != IGNORE_INDEX
+    hidden = base.model(**inputs, use_cache=False).last_hidden_state[:, :-1][trained]  # (trained tokens, width)
+    if hasattr(head, "slices"):
+        return streamed_loss(hidden, head, targets[trained], gradient=False)[0]
+    return chunked_loss(hidden, head.weight, targets[trained], gradient=False)[0]
 
 
 def trained_positions(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,12 +127,6 @@ def streamed_loss(
             row_of_target = torch.where(inside[:, None], weight[at], row_of_target)
     loss = (largest + total.log() - of_target).sum()
     return loss, expected.div_(total[:, None]).sub_(row_of_target).to(hidden.dtype) if gradient else None
-
-
-def slices_of(vocabulary: int, width: int, *, rows: int) -> list[slice]:
-    """Slices of a head's rows that keep both a slice and its logits, for `rows` positions, small."""
-    size = max(256, min(SLICE_OF_LOGITS // max(1, rows), SLICE_OF_HEAD // width))
-    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 def trained_tokens(batch: dict[str, Any]) -> int:

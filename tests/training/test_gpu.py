@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from course_lib.export.merge import merge
+from course_lib.model_shape import ModelShape
 from course_lib.models import load_model
-from course_lib.recipe import load_recipe, make_recipe
+from course_lib.recipe import load_recipe, make_recipe, with_overrides
 from course_lib.training.listeners import read_metrics
 from course_lib.training.loop import train
+from course_lib.training.memory_prediction import predict_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
@@ -197,6 +199,7 @@ def test_a_7b_trains_under_caps(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     for run in json.loads((tmp_path / "caps.json").read_text())["runs"]:
         assert run["peak_gib"] < run["cap_gib"]
+        assert run["predicted_gib"] == pytest.approx(run["peak_gib"], rel=0.05)
         assert run["tokens_a_step"] == run["length"]
         assert run["losses"][-1] < run["losses"][0]
         assert run["smallest_grad_norm"] > 0
@@ -222,3 +225,81 @@ def test_two_gpus_take_the_steps_of_one(make: Any, tmp_path: Path, dtype: str, o
     for name, more in {"one": [], "two": ["--gpus", "2", *options]}.items():
         subprocess.run([*command, str(tmp_path / name), *more], check=True, timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A folder with random weights of a Llama of 160 million parameters and the tiny model's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=2048,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in tiny.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        (["model.dtype=bfloat16"], 0.05),
+        (["model.dtype=bfloat16", "training.gradient_checkpointing=4", "training.optimizer=adamw_8bit"], 0.05),
+        (["model.dtype=nf4", "lora.dtype=bfloat16"], 0.05),
+        (["model.dtype=nf4", "lora.dropout=0.1", "training.gradient_checkpointing=true"], 0.05),
+        (["training.gradient_checkpointing=true", "training.offload=[embedding,head,checkpoints,layers]"], 0.05),
+        (["model.dtype=int8"], 0.15),
+        (["model.dtype=float16", "training.gradient_checkpointing=true"], 0.15),
+        (["lora=null", "model.dtype=bfloat16"], 0.15),
+        (["lora=null", "model.dtype=bfloat16", "training.optimizer=paged_adamw_8bit"], 0.15),
+    ],
+)
+def test_memory_is_foretold(small: Path, tmp_path: Path, overrides: list[str], tolerance: float) -> None:
+    """Predicted and measured peak of three steps of 4 x 1,024 tokens, in a process of its own."""
+    row = {"instruction": "count", "output": "one two three four five six " * 200}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(16)))
+    content = {
+        "model": {"name": str(small)},
+        "lora": {"r": 32},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "max_length": 1024, "over_long": "truncate"},
+        "training": {"batch_size": 4, "max_steps": 3},
+    }
+    recipe = with_overrides(make_recipe(content), overrides)
+    recipe.save(tmp_path / "recipe.yaml")
+    script = (
+        "from course_lib import load_recipe, train\n"
+        f"train(load_recipe({str(tmp_path / 'recipe.yaml')!r}), work_dir={str(tmp_path / 'run')!r})\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    step = [event for event in read_metrics(tmp_path / "run") if event["event"] == "StepDone"][-1]
+    assert step["tokens"] == 4096
+    predicted = predict_memory(recipe, ModelShape.of(small))
+    measured = step["memory_bytes"]
+    print("memory:", json.dumps({"overrides": overrides, "predicted": predicted.peak, "measured": measured}))
+    assert predicted.peak == pytest.approx(measured, rel=tolerance)
+
+
+def test_running_out_of_memory_ends_with_what_to_set(small: Path, tmp_path: Path) -> None:
+    row = {"instruction": "count", "output": "one two three four five six " * 200}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for _ in range(16)))
+    content = {
+        "model": {"name": str(small)},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "max_length": 1024, "over_long": "truncate"},
+        "training": {"batch_size": 8, "max_steps": 2},
+    }
+    make_recipe(content).save(tmp_path / "recipe.yaml")
+    script = (
+        "import torch\n"
+        "torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)\n"
+        "import sys; sys.argv = ['course', 'train', 'recipe.yaml', '--work-dir', 'run']\n"
+        "from course_lib.cli import main; main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "memory ran out" in ended.stderr.splitlines()[-1]
+    assert "--set" in ended.stderr.splitlines()[-1]
