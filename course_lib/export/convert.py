@@ -54,7 +54,7 @@ class Conversion:
         fits = "shapes checked" if self.checked else "not on this machine, so shapes were not checked"
         base = f"for {self.base} ({fits})" if self.base else "for a base it does not name"
         left = f"; {self.left_out} other tensors left out" if self.left_out else ""
-        return f"an adapter of {self.tensors} tensors, r = {rank}, alpha = {alpha}, {base}{left}"
+        return f"an adapter of {self.tensors} tensors, r = {rank}, alpha = {alpha:g}, {base}{left}"
 
 
 def convert(
@@ -239,8 +239,8 @@ def _record(weights: TrainedWeights, path: Path, base: str | Path | None, folder
     if weights.record.get("base_fingerprint", fingerprint) != fingerprint:
         was = f"{weights.record.get('base')} ({weights.record['base_fingerprint']})"
         raise InputError(f"{path}: was trained on {was}, and {folder} is {fingerprint}; name its own base with --base")
-    own = {**weights.config.base_format, "template": weights.config.template}
-    return {"base": str(base), "base_fingerprint": fingerprint, **own, **weights.record}
+    known = {"base": str(base), "base_fingerprint": fingerprint, **weights.config.base_format}
+    return weights.record or {**known, "template": weights.config.template}
 
 
 def _write_adapter(
