@@ -14,11 +14,11 @@ from course_lib.export.stored import open_safetensors
 from course_lib.export.xtuner_config import XTunerConfig, parse_config
 from course_lib.export.zero_shards import MODEL_FILE, OPTIMIZER_FILE, read_zero, zero_folder
 from course_lib.files import read_json
+from course_lib.training.zero import FOLDER as OWN_SHARDS
 
 if TYPE_CHECKING:
     import torch
 
-OWN_SHARDS = "deepspeed"  # in a checkpoint of a run here
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the second by peft before 0.7
 
 

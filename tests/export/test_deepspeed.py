@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from course_lib.export.checkpoint_reader import read_checkpoint
+from course_lib.export.convert import convert
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 
@@ -58,3 +61,25 @@ def test_every_stage(tmp_path: Path) -> None:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name].read(), expected[name]) for name in expected), folder.name
         assert len(found) == (12 if "lora" in folder.name else 21)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_run_here(stage: str, tiny: Path, tmp_path: Path) -> None:
+    """The shares in its checkpoint are the adapter that it writes at the end."""
+    rows = [{"instruction": f"q{number}", "output": "yes"} for number in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = {"model": {"name": "tiny", "dtype": "float32"}, "lora": {"r": 3}, "data": {"path": "rows.json"}}
+    recipe["training"] = {"max_steps": 2, "epochs": 2, "lr": 1e-2}
+    (tmp_path / "my.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "course_lib.cli", "train", "my.yaml", "--work-dir", "run", "--deepspeed", stage]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    checkpoint = tmp_path / "run" / "checkpoint-000002"
+    (checkpoint / "adapter_model.safetensors").unlink()
+    convert(checkpoint, tmp_path / "out")
+    found, expected = (
+        load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "out", tmp_path / "run/adapter")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
