@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,38 @@ def check_adapter(adapter_folder: str | Path, base_folder: str | Path) -> None:
             was, now = f"{owner} ({expected})", f"{base} ({actual})"
             raise InputError(f"adapter {adapter} was trained on {was}, this is {now}; load it on that base")
         return
+    shapes = {name: _shape(tensor) for name, tensor in _tensors(adapter, "adapter_model.safetensors").items()}
+    transposed = bool(adapter_config.get("fan_in_fan_out"))
+    check_shapes(shapes, base, transposed=transposed, adapter=adapter, remedy=f"load it on {owner}")
+
+
+def check_shapes(
+    lora: Mapping[str, Sequence[int]], base: Path, *, transposed: bool, adapter: Path, remedy: str
+) -> None:
+    """Check every LoRA matrix's shape, given by peft's key, against the weight it is for.
+
+    `transposed`: the weights are (in, out), as GPT-2's Conv1D keeps them. `adapter` and `remedy` are for the error.
+
+    Raises:
+        InputError: the base has no such weight, or one of another shape.
+    """
     config, shapes = read_json(base / "config.json"), tensor_shapes(base)
     if "lm_head.weight" not in shapes and config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = next((shape for name, shape in shapes.items() if name.endswith(EMBEDDING_NAMES)), [])
     packed = "quantization_config" in config  # then the shapes on disk are not those of the matrices
-    for name, tensor in _tensors(adapter, "adapter_model.safetensors").items():
+    for name, shape in lora.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
         if not match:
             continue
         module, embedding, side = match[1], match[2], match[3]
-        weight, lora = shapes.get(f"{module}.weight"), _shape(tensor)
-        # A is (r, in) and B (out, r) on a weight (out, in); embeddings and GPT-2's Conv1D keep (in, out).
-        transposed = bool(embedding) or bool(adapter_config.get("fan_in_fan_out"))
-        if weight and (packed or (lora[1] if side == "A" else lora[0]) == weight[(side == "A") != transposed]):
+        weight = shapes.get(f"{module}.weight")
+        # A is (r, in) and B (out, r) on a weight (out, in); embeddings keep (in, out) too.
+        other_way = bool(embedding) or transposed
+        if weight and (packed or (shape[1] if side == "A" else shape[0]) == weight[(side == "A") != other_way]):
             continue
         found = f"but the base's weight there is {weight}" if weight else "which the base does not have"
         raise InputError(
-            f"adapter {adapter} does not fit {base}: {name} {lora} is for {module}, {found}; load it on {owner}"
+            f"adapter {adapter} does not fit {base}: {name} {list(shape)} is for {module}, {found}; {remedy}"
         )
 
 

@@ -230,6 +230,23 @@ def merge(
     print(merge(base, adapter, out, max_shard_size=max_shard_size, dtype=dtype))
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="an XTuner .pth, a folder of DeepSpeed's, or a checkpoint-NNNNNN")],
+    out: Path,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; default: what the checkpoint says")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the base's name or folder; default: the one the checkpoint names")
+    ] = None,
+) -> None:
+    """Turn a checkpoint into a PEFT adapter, without running what is in it; prints the folder."""
+    from course_lib.export.convert import convert
+
+    converted = convert(checkpoint, out, alpha=alpha, base=base)
+    print(converted.summary(), file=sys.stderr)
+    print(converted.out)
+
+
 @export_app.command("original")
 def export_original(
     adapter: Path,

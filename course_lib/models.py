@@ -108,7 +108,7 @@ def model_folder(name_or_path: str | Path, *, fetch_missing: bool = True) -> Pat
         raise InputError(f"{text}: is a folder without config.json; name a folder that holds a transformers model")
     if isinstance(name_or_path, Path) or ("/" in text and text[0] in "./~"):
         raise InputError(f"{text}: no such folder; check the path, or use a name from: course models list")
-    if not known and not _is_repository(text):
+    if not known and not is_repository(text):
         find_model(text)
     folder = _cached(text)
     if fetching.is_complete(folder):
@@ -128,7 +128,7 @@ def fetch(name: str, *, source: str | None = None, progress: bool = True) -> Pat
         InputError: unknown name or source, no such repository, or the source does not have this model.
         CourseError: no network, a broken download, a wrong checksum, a full disk.
     """
-    info = None if _is_repository(name) else find_model(name)
+    info = None if is_repository(name) else find_model(name)
     source, repository = fetching.choose_source(name, info, source)
     folder = _cached(name)
     if not fetching.is_complete(folder):
@@ -143,7 +143,8 @@ def is_cached(name: str) -> bool:
     return fetching.is_complete(_cached(name))
 
 
-def _is_repository(text: str) -> bool:
+def is_repository(text: str) -> bool:
+    """Whether a text has the form `owner/name` of a repository."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) is not None
 
 

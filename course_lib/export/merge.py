@@ -6,20 +6,23 @@ An adapter trained on a quantised base was fitted to the rounded weights, so W i
 
 from __future__ import annotations
 
-import errno
-import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from course_lib.adapter_record import check_adapter, read_record
-from course_lib.data.templates import named_template
 from course_lib.errors import CourseError, InputError
 from course_lib.export.adapter_changes import Change, adapter_changes, model_structure
-from course_lib.export.stored import FLOAT_SIZES, SIZES, Stored, open_weights, stored_tensors
+from course_lib.export.model_files import (
+    OUTPUT_DTYPES,
+    check_room,
+    copy_side_files,
+    plan_shards,
+    total_bytes,
+    write_shards,
+)
+from course_lib.export.stored import Stored, open_weights, stored_tensors
 from course_lib.files import atomic_folder, file_to_write, read_json
 from course_lib.internlm.adapter import llama_names
 from course_lib.internlm.layout import layout_of
@@ -29,10 +32,6 @@ from course_lib.sizes import parse_size
 if TYPE_CHECKING:
     import torch
 
-OUTPUT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name: safetensors' name
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-# Files of the base that would be wrong beside the merged weights: they tell of another origin, or of an adapter to load.
-NOT_COPIED = ("config.json", "source.json", "course.json", "adapter_config.json")
 # Settings of peft's LoraConfig under which an adapter is more than W + scaling * B A.
 NOT_PLAIN = (
     *("use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
@@ -89,44 +88,36 @@ def merge(
     structure = model_structure(base, config, parameters, record, trust_remote_code=trust_remote_code)
 
     import torch
-    from safetensors.torch import save_file
 
-    shards = _plan_shards(stored, dtype, limit)
-    total, done, weight_map = sum(size for shard in shards for size in shard.values()), 0, {}
+    shards, done = plan_shards(stored, dtype, limit), 0
+    total = total_bytes(shards)
     changes = adapter_changes(adapter, trained, lora, parameters, structure)
+
+    def merged(names: list[str]) -> dict[str, torch.Tensor]:
+        nonlocal done
+        tensors: dict[str, torch.Tensor] = {}
+        # Opened anew for each shard: closing gives the mapped pages of the base back.
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(open_weights(path)) for path in {stored[name].file for name in names}}
+            for name in names:
+                weight = opened[stored[name].file].get_tensor(name)
+                final = getattr(torch, dtype) if dtype != "auto" and weight.is_floating_point() else weight.dtype
+                parts = []
+                for parameter, part in zip(layout.names(name), layout.split(name, weight), strict=True):
+                    change = changes.get(parameter, Change())
+                    if parameter in structure.quantised and change.saved is None:
+                        part = _quantise_and_back(part, record, transposed=parameter in (structure.conv1d or ()))
+                    parts.append(_merged_tensor(parameter, part, change, final))
+                tensors[name] = layout.join(name, tuple(parts))
+                done += tensors[name].nbytes
+                if progress:
+                    progress(done, total)
+        return tensors
+
     with atomic_folder(target) as folder:
-        if shutil.disk_usage(folder).free < total:  # known sooner than after minutes of work
-            raise OSError(errno.ENOSPC, "No space left on device")
-        _copy_side_files(base, folder, config, dtype)
-        if (template := record.get("template", "auto")) != "auto":
-            # trained with a named template: whoever serves the merged model must use the same
-            (folder / "chat_template.jinja").write_text(named_template(template).source, encoding="utf-8")
-        for number, shard in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors: dict[str, torch.Tensor] = {}
-            # Opened anew for each shard: closing gives the mapped pages of the base back.
-            with ExitStack() as stack:
-                opened = {
-                    path: stack.enter_context(open_weights(path)) for path in {stored[name].file for name in shard}
-                }
-                for name, size in shard.items():
-                    weight = opened[stored[name].file].get_tensor(name)
-                    final = getattr(torch, dtype) if dtype != "auto" and weight.is_floating_point() else weight.dtype
-                    parts = []
-                    for parameter, part in zip(layout.names(name), layout.split(name, weight), strict=True):
-                        change = changes.get(parameter, Change())
-                        if parameter in structure.quantised and change.saved is None:
-                            part = _quantise_and_back(part, record, transposed=parameter in (structure.conv1d or ()))
-                        parts.append(_merged_tensor(parameter, part, change, final))
-                    tensors[name] = layout.join(name, tuple(parts))
-                    weight_map[name] = file
-                    done += size
-                    if progress:
-                        progress(done, total)
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        check_room(folder, total)
+        copy_side_files(base, folder, config, dtype=dtype, template=record.get("template", "auto"))
+        write_shards(folder, shards, merged)
     return Path(out)
 
 
@@ -166,33 +157,6 @@ def _quantise_and_back(weight: torch.Tensor, record: dict[str, Any], *, transpos
         packed, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         result = functional.int8_vectorwise_dequant(packed, scales)
     return (result.T if transposed else result).float()
-
-
-def _plan_shards(stored: dict[str, Stored], dtype: str, limit: int) -> list[dict[str, int]]:
-    """Deal the tensors, in order, into shards of at most `limit` bytes; return the bytes each will have, by name."""
-    shards: list[dict[str, int]] = [{}]
-    for name, tensor in stored.items():
-        final = OUTPUT_DTYPES.get(dtype, tensor.dtype) if tensor.dtype in FLOAT_SIZES else tensor.dtype
-        size = prod(tensor.shape) * SIZES[final]
-        if shards[-1] and sum(shards[-1].values()) + size > limit:
-            shards.append({})
-        shards[-1][name] = size
-    return shards
-
-
-def _copy_side_files(base: Path, folder: Path, config: dict[str, Any], dtype: str) -> None:
-    """Copy what transformers reads beside the weights (tokenizer, template, generation settings, code) and the licence."""
-    for file in sorted(base.iterdir()):
-        wanted = file.suffix in COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        if file.is_file() and wanted and file.name not in NOT_COPIED and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder / file.name)
-    if (base / "additional_chat_templates").is_dir():
-        shutil.copytree(base / "additional_chat_templates", folder / "additional_chat_templates")
-    merged = {key: value for key, value in config.items() if key != "quantization_config"}
-    if dtype != "auto":
-        merged.pop("torch_dtype", None)  # the name before transformers 5
-        merged["dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_plain_lora(lora: dict[str, Any], adapter: Path) -> None:

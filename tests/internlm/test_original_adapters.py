@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 
 from course_lib.adapter_record import check_adapter
 from course_lib.errors import InputError
+from course_lib.export.convert import convert
 from course_lib.export.merge import merge
 from course_lib.internlm.adapter import export_original
 from course_lib.models import load_model
@@ -87,8 +89,6 @@ def original_adapter(base: Path, folder: Path, **lora: Any) -> Path:
 
 def by_hand(base: Path, adapter: Path) -> torch.Tensor:
     """The logits of W + s B A, for an adapter under the names of the checkpoint; scalings by peft's rules for plain names."""
-    import re
-
     lora, weights = json.loads((adapter / "adapter_config.json").read_text()), random_tensors(settings(base))
     saved = load_file(adapter / "adapter_model.safetensors")
     for key, tensor in saved.items():
@@ -179,6 +179,24 @@ def test_of_another_shape_it_is_refused(checkpoint: Callable[..., Path], tmp_pat
     for changes in ({"num_key_value_heads": 4}, {"intermediate_size": 128}):
         with pytest.raises(InputError, match="does not fit"):
             load_model(checkpoint("internlm2", "other", **changes), adapter=adapter)
+
+
+def test_a_checkpoint_of_xtuner_on_internlm2_converts(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """It keeps the names of the code it was trained with, and loads here as any adapter under them."""
+    base = checkpoint("internlm2")
+    trained = original_adapter(base, tmp_path / "trained")
+    saved = load_file(trained / "adapter_model.safetensors")
+    state = {"llm." + re.sub("(lora_[AB])", r"\1.default", key): tensor for key, tensor in saved.items()}
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / "epoch_1.pth")
+    convert(tmp_path / "epoch_1.pth", tmp_path / "out", alpha=5, base=base)
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == saved.keys()
+    lora = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (lora["r"], lora["target_modules"]) == (3, sorted(ORIGINAL))
+    expected = by_hand(base, trained)
+    assert largest(logits(base), expected) > 0.3
+    assert largest(logits(base, tmp_path / "out"), expected) < 1e-4
+    assert largest(logits(merge(base, tmp_path / "out", tmp_path / "merged")), expected) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["internlm", "internlm3"])
