@@ -182,6 +182,10 @@ def train(
         typer.Option(help="zero1, zero2, zero3, zero2_offload, zero3_offload, or a file of DeepSpeed's settings"),
     ] = None,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="spread the frozen layers over the GPUs")] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="measure where the time of a few steps goes, into profile/ of the work dir"),
+    ] = False,
 ) -> None:
     """Train what a recipe says; prints the adapter's folder.
 
@@ -210,6 +214,7 @@ def train(
             resume_hint="go on with the same command and --resume",
             deepspeed=deepspeed,
             shard=fsdp,
+            profile=profile,
         )
     if is_main_process():
         save_figure(loss_figure(read_metrics(folder), title=folder.name), folder / "loss.png")

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
+from course_lib.training.parts import part_of
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build of torch without flash attention
@@ -67,6 +69,7 @@ def segments_attention_forward(
     return attend(*flat, **edges, scaling=scaling)[None], None
 
 
+@part_of("attention")
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,

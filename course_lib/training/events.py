@@ -66,6 +66,16 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class StepsProfiled:
+    """Steps `first_step` to `step` were profiled; `path` is the page that says where their time went."""
+
+    step: int
+    first_step: int
+    wanted: int  # steps; fewer were there where the run is shorter
+    path: Path
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """After the last step; `output` is the adapter's folder, or the model's after full fine-tuning."""
 
@@ -74,5 +84,5 @@ class RunEnded:
     output: Path
 
 
-Event = RunStarted | StepDone | HeldOutLoss | SampleAnswers | CheckpointSaved | RunEnded
+Event = RunStarted | StepDone | HeldOutLoss | SampleAnswers | CheckpointSaved | StepsProfiled | RunEnded
 Listener = Callable[[Event], None]

@@ -7,6 +7,7 @@ from torch import nn
 
 from course_lib.training.fused_sizes import NF4_BLOCK, NF4_GROUP, aligned
 from course_lib.training.kernels import dequantise_nf4
+from course_lib.training.parts import part
 
 _scratch: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
@@ -62,7 +63,8 @@ class FrozenLinears:
             return self.tensors[0][:, : self.columns + self.more_columns]
         packed, absmax, *nested = self.tensors
         buffer = _scratch_buffer(self._shape[0] * self._shape[1], self.dtype, packed.device).view(self._shape)
-        dequantise_nf4(packed, absmax, tuple(nested) or None, self._code, buffer[: self.rows, : self.columns])
+        with part("dequantise"):
+            dequantise_nf4(packed, absmax, tuple(nested) or None, self._code, buffer[: self.rows, : self.columns])
         return buffer[:, : self.columns + self.more_columns]
 
     def weight(self) -> torch.Tensor:

@@ -21,6 +21,7 @@ from course_lib.training.flat import FlatParameter
 from course_lib.training.fused_linear import FusedLinears, Saved
 from course_lib.training.fused_sizes import GROUPS
 from course_lib.training.kernels import add_rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward_
+from course_lib.training.parts import part
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class FusedLayer:
         kept.gate_up = kept.middle = None  # type: ignore[assignment]  # the largest goes before more is made
         attended, inputs = kept.attention
         by_attended = self.o.backward(by_middle, saved_o, attended.detach().reshape(len(grad), -1))
-        by_parts = torch.autograd.grad(attended, inputs, by_attended.view(attended.shape))
+        with part("attention"):
+            by_parts = torch.autograd.grad(attended, inputs, by_attended.view(attended.shape))
         by_projected = self._from_heads(list(by_parts), kept, at)
         if out is not None:
             by_normed, t = self.qkv.backward_input(by_projected, saved_qkv)

@@ -23,6 +23,7 @@ from course_lib.training.flat import FlatParameter
 from course_lib.training.frozen import FrozenLinears
 from course_lib.training.fused_sizes import ALIGNMENT, aligned
 from course_lib.training.kernels import put_beside
+from course_lib.training.parts import part, part_of
 
 
 @dataclass
@@ -108,6 +109,7 @@ class FusedLinears:
         """A buffer for `backward`'s gradient, with room beside it for t; its first columns are shaped as `like`."""
         return _with_room(like, self.frozen.more_rows)
 
+    @part_of("weights")
     def forward(self, x: torch.Tensor, *, seeds: list[int] | None = None) -> tuple[torch.Tensor, Saved]:
         """Shape (rows, inputs), or what `new_input` gave, to (rows, sum of outputs).
 
@@ -119,10 +121,12 @@ class FusedLinears:
             x[:, self.frozen.columns :] = saved.ax
         weight = self._whole() if joined else self.frozen.weight()
         y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        for adapter in self.adapters if not joined else []:
-            y[:, adapter.outputs].addmm_(saved.ax[:, adapter.ranks], adapter.b_transposed)
+        with part("adapters"):
+            for adapter in self.adapters if not joined else []:
+                y[:, adapter.outputs].addmm_(saved.ax[:, adapter.ranks], adapter.b_transposed)
         return y, saved
 
+    @part_of("adapters")
     def project(self, x: torch.Tensor, *, seeds: list[int] | None = None) -> Saved:
         """s · A x of every adapter."""
         if self.a is None:
@@ -147,6 +151,7 @@ class FusedLinears:
         self.backward_adapters(grad, saved, x, t)
         return by_x
 
+    @part_of("weights")
     def backward_input(self, grad: torch.Tensor, saved: Saved) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The input's gradient, and t for `backward_adapters`: for where the input itself is only made in between."""
         t = self.t(grad)
@@ -154,13 +159,15 @@ class FusedLinears:
             grad[:, self.frozen.rows :] = t
             return grad @ self._whole(), t
         by_x = grad @ self.frozen.weight()
-        if t is not None and self.joint:
-            by_x.addmm_(t, self.a)
-        elif t is not None:
-            for adapter, seed in zip(self.adapters, saved.seeds, strict=True):
-                by_x += drop(t[:, adapter.ranks] @ adapter.a, adapter.dropout, seed)
+        with part("adapters"):
+            if t is not None and self.joint:
+                by_x.addmm_(t, self.a)
+            elif t is not None:
+                for adapter, seed in zip(self.adapters, saved.seeds, strict=True):
+                    by_x += drop(t[:, adapter.ranks] @ adapter.a, adapter.dropout, seed)
         return by_x, t
 
+    @part_of("adapters")
     def backward_adapters(self, grad: torch.Tensor, saved: Saved, x: torch.Tensor, t: torch.Tensor | None) -> None:
         """Add the gradients of A and B to what is there."""
         if t is None or saved.ax is None:
@@ -173,6 +180,7 @@ class FusedLinears:
                 dropped = drop(x, adapter.dropout, saved.seeds[number])
                 _add_product(adapter.grad_a, t[:, adapter.ranks].t(), dropped)
 
+    @part_of("adapters")
     def t(self, grad: torch.Tensor) -> torch.Tensor | None:
         """s · Bᵀ dy of every adapter, shape (rows, ranks)."""
         if self.a is None:
@@ -182,6 +190,7 @@ class FusedLinears:
             _scaled_product(grad[:, adapter.outputs], adapter.b, adapter.scaling, out=t[:, adapter.ranks])
         return t
 
+    @part_of("adapters")
     def _whole(self) -> torch.Tensor:
         """[W B] or [W; A]; each B stands in the rows of its outputs and the columns of its ranks, among zeros."""
         whole = self.frozen.whole()

@@ -19,6 +19,7 @@ from course_lib.training.events import (
     RunStarted,
     SampleAnswers,
     StepDone,
+    StepsProfiled,
 )
 
 METRICS_FILE = "metrics.jsonl"
@@ -134,6 +135,10 @@ class TerminalProgress:
                 self._say(f"step {event.step}: {question} -> {' '.join(answer.split())}")
         elif isinstance(event, CheckpointSaved):
             self._say(f"step {event.step}: saved {event.path}")
+        elif isinstance(event, StepsProfiled):
+            steps = event.step - event.first_step + 1
+            fewer = f" (the run has not {event.wanted} after warm-up)" if steps < event.wanted else ""
+            self._say(f"profiled {steps} steps, {event.first_step} to {event.step}{fewer}: {event.path}")
         elif isinstance(event, RunEnded):
             self._say(f"trained in {event.seconds:.0f} s: {event.output}")
 

@@ -40,6 +40,8 @@ from course_lib.training.launch import is_main_process
 from course_lib.training.listeners import METRICS_FILE, MetricsFile
 from course_lib.training.loss import trained_tokens
 from course_lib.training.memory import memory_errors, peak_memory_bytes, reset_peak_memory
+from course_lib.training.parts import STEP, part_of
+from course_lib.training.profile import profiled_steps
 from course_lib.training.run import Run, prepare_run
 from course_lib.training.work_dir import checkpoint_to_resume, events_until
 
@@ -54,6 +56,7 @@ def train(
     resume_hint: str = "go on with train(…, resume=True)",
     deepspeed: str | None = None,
     shard: bool = False,
+    profile: bool = False,
 ) -> Path:
     """Train what the recipe says and return the folder of the adapter (or of the model, where `lora` is null).
 
@@ -66,6 +69,7 @@ def train(
         resume_hint: what a person who stopped the run is told to do to go on.
         deepspeed: train under DeepSpeed's ZeRO: zero1, zero2, zero3, zero2_offload, zero3_offload, or a file of its settings.
         shard: spread the frozen layers over the GPUs.
+        profile: measure where the time of a few steps goes, into `profile/` (profile.py).
 
     Started as one of several processes (training/launch.py), it trains with the others; the first one alone writes, and tells
     the listeners.
@@ -93,12 +97,12 @@ def train(
                 kept_events = events_until(work_dir, first_step) if first_step else []
                 with MetricsFile(work_dir / METRICS_FILE, kept_events) as metrics:
                     run.listeners = [metrics, *listeners]
-                    output = _run(run, first_step, resume_hint)
+                    output = _run(run, first_step, resume_hint, profile=profile)
         leave()
         return output
 
 
-def _run(run: Run, first_step: int, resume_hint: str) -> Path:
+def _run(run: Run, first_step: int, resume_hint: str, *, profile: bool = False) -> Path:
     recipe, total_steps = run.recipe, run.plan.total_steps
     started = time.perf_counter()
     run.emit(
@@ -122,10 +126,11 @@ def _run(run: Run, first_step: int, resume_hint: str) -> Path:
     if first_step == 0:
         _evaluate(run, step=0)
     reset_peak_memory()
-    with run.training_mode(), interrupt_requested() as interrupted:
+    steps = profiled_steps(run, range(first_step, total_steps), wanted=profile)
+    with run.training_mode(), interrupt_requested() as interrupted, steps as numbers:
         asked = partial(any_process, interrupted)
         launched: _Launched | None = None
-        for step in range(first_step, total_steps):
+        for step in numbers:
             before, launched = launched, _launch(run, step)
             if before:  # its figures are waited for while the GPU already has the next step to do
                 _tell(run, before)
@@ -196,6 +201,7 @@ class _Launched:
     clock: _Clock
 
 
+@part_of(STEP)
 def _launch(run: Run, step: int) -> _Launched:
     """Give one optimizer step to the device: every micro-batch's loss is divided by the trained tokens of all of them."""
     clock = _Clock(run.accelerator.device)

@@ -11,6 +11,7 @@ from torch import nn
 from course_lib.data.tokenize import IGNORE_INDEX
 from course_lib.training.fused_sizes import FAMILIES, LOGITS_A_CHUNK
 from course_lib.training.kernels import cross_entropy_
+from course_lib.training.parts import part_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+@part_of("head")
 def chunked_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -100,6 +102,7 @@ def chunked_loss(
     return total, by_hidden
 
 
+@part_of("head")
 def streamed_loss(
     hidden: torch.Tensor, head: HostHead, targets: torch.Tensor, *, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -10,6 +10,7 @@ import torch
 
 from course_lib.training.distributed import sum_gradients
 from course_lib.training.fused import FusedEngine
+from course_lib.training.parts import part_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +42,7 @@ class Update:
         """Add the gradients of one micro-batch; `last` is the last one of the step."""
         self.accelerator.backward(loss)
 
+    @part_of("optimizer")
     def step(self) -> torch.Tensor:
         """Take the step; the norm of the whole gradient before clipping, a scalar on the device."""
         sum_gradients(self.engine.trainable)

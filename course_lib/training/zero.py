@@ -17,6 +17,7 @@ import torch
 from course_lib.errors import InputError, did_you_mean
 from course_lib.files import read_json
 from course_lib.training.distributed import process_count
+from course_lib.training.parts import part_of
 
 if TYPE_CHECKING:
     from course_lib.recipe import Recipe
@@ -103,6 +104,7 @@ class ZeroUpdate:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(loss * process_count())
 
+    @part_of("optimizer")
     def step(self) -> torch.Tensor:
         """Take the step; the norm of the whole gradient before clipping, a scalar."""
         self.deepspeed.step()
