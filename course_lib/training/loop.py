@@ -83,7 +83,7 @@ def train(
     earlier = {"resume": resume, "overwrite": overwrite}
     if is_main_process():
         checkpoint_to_resume(work_dir, **earlier)  # a wrong folder is told before the model is loaded
-    with memory_errors():
+    with memory_errors(recipe, shard=shard, foretold=deepspeed is None):
         run = prepare_run(recipe, work_dir, deepspeed=deepspeed, shard=shard)
         with lock(work_dir) if is_main_process() else nullcontext(), interrupts_told(work_dir, resume_hint):
             checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
