@@ -205,7 +205,8 @@ def _tokens(run: Run, step: int) -> int:
 
 
 def _device(times: StepTimes) -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread{'s' * (threads != 1)}"
     if process_count() > 1:
         name += f", that of the first of {process_count()} processes"
     if torch.cuda.is_available() and times.device == "CPU":
