@@ -19,7 +19,8 @@ function barNodes(view) {
     element("span", { class: `course-part course-part-${segment.part}`, style: `width: ${segment.percent}%`, title: segment.words }),
   );
   const edge = element("span", { class: "course-card-edge", style: `left: ${view.card.percent}%` });
-  const label = element("span", { class: "course-card-label", style: `right: ${100 - view.card.percent}%` }, view.card.label);
+  const place = view.card.percent < 25 ? `left: ${view.card.percent}%` : `right: ${100 - view.card.percent}%`;
+  const label = element("span", { class: "course-card-label", style: place }, view.card.label);
   const ticks = view.ticks.map((tick) => element("span", { style: `left: ${tick.percent}%` }, tick.label));
   return [
     element("div", { class: "course-card-line" }, label),

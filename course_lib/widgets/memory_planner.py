@@ -284,11 +284,12 @@ def _details(predicted: MemoryPrediction) -> str:
 
 
 def _ticks(scale: float) -> list[dict[str, Any]]:
-    """Marks of the axis at round numbers of GiB."""
+    """Marks of the axis at round numbers of GiB; the end of the axis has the unit."""
     gib = scale / 2**30
     step = next(step for step in (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 10**9) if gib / step <= _TICKS)
     return [
-        {"percent": 100 * number * step / gib, "label": f"{number * step:g}"} for number in range(int(gib / step) + 1)
+        {"percent": 100 * number * step / gib, "label": f"{number * step:g}"}
+        for number in range(int(0.93 * gib / step) + 1)
     ]
 
 
