@@ -146,6 +146,8 @@ def _predict_fused(recipe: Recipe, shape: ModelShape, shares: int, libraries: in
         element=BYTES[computed_in(recipe)],
         checkpointed=checkpointed_layers(recipe.training.gradient_checkpointing, shape.layers),
         offload=offloaded(recipe, shape) & {"head", "checkpoints"},
+        loss_chunk=recipe.training.loss_chunk,
+        flash=computed_in(recipe) != "float32",
     )
     ledger, of_optimizer = step_memory(step), optimizer_workspace(recipe, shape)
     if of_optimizer > ledger.peak:

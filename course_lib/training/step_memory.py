@@ -68,6 +68,8 @@ class Step:
     element: int  # bytes of the type it computes in
     checkpointed: int  # layers, from the first on, that run again in backward
     offload: frozenset[str] = frozenset()
+    loss_chunk: int | None = None
+    flash: bool = True  # attention that takes all samples in one call; not in float32 (attention.takes_edges)
 
 
 @dataclass
@@ -207,6 +209,12 @@ class _Replay:
         if self.queries != self.keys:  # each key and value head once for every query head
             ledger.hold(f"repeated k {number}", rows(self.queries))
             ledger.hold(f"repeated v {number}", rows(self.queries))
+        if (
+            not self.step.flash
+        ):  # a call for each sample: their outputs, which become one; and by groups, all the weights
+            ledger.hold(f"attended samples {number}", rows(self.queries))
+            weights = self.shape.heads * tokens * tokens // self.step.samples * FLOAT32
+            ledger.hold(f"attention weights {number}", weights if self.queries != self.keys else 0)
         ledger.hold(f"attended {number}", rows(self.queries))
         ledger.hold(f"log of sums {number}", tokens * self.shape.heads * FLOAT32)
         self.project(self.o, f"A x of o {number}")
@@ -247,7 +255,7 @@ class _Replay:
         if "head" in step.offload:
             self.streamed_loss()
         else:
-            rows = min(step.trained, max(1, LOGITS_A_CHUNK // vocabulary))
+            rows = min(step.trained, step.loss_chunk or max(1, LOGITS_A_CHUNK // vocabulary))
             after = min(rows, step.trained - rows)  # the first chunk has its name until the next is made
             a_row = vocabulary * step.element
             ledger.hold("by normed", trained(width))
