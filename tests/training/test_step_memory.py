@@ -21,8 +21,9 @@ from course_lib.training import fused, fused_layer, fused_linear, host_memory, l
 from course_lib.training.adapters import add_lora
 from course_lib.training.fused import FusedEngine
 from course_lib.training.fused_sizes import checkpointed_layers
+from course_lib.training.ledger import Ledger
 from course_lib.training.memory_parts import fused_groups
-from course_lib.training.step_memory import Ledger, Step, replay_step
+from course_lib.training.step_memory import Step, replay_step
 
 SHAPE = {
     "vocab_size": 997,
