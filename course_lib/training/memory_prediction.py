@@ -20,6 +20,7 @@ from course_lib.training.memory_parts import (
     computed_in,
     fused_groups,
     fused_lasting,
+    has_dora,
     offloaded,
     optimizer_workspace,
     plain_lasting,
@@ -111,6 +112,8 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str:
             return f"{target} has an adapter"
     if computed_in(recipe) == "float16":
         return "float16 needs its gradients scaled"
+    if has_dora(recipe):
+        return "DoRA scales the rows of frozen weights"
     if dtype == "int8":
         return "a linear layer is a Linear8bitLt"
     if shape.window is not None and recipe.data.max_length > shape.window:
