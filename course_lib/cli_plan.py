@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from course_lib.sizes import in_gb, in_gib, parse_size
+from course_lib.sizes import in_gib, parse_size
 
 if TYPE_CHECKING:
     from course_lib.training.memory_plan import Candidate
@@ -68,19 +68,26 @@ def plan(
 
 def _print_parts(console: Console, say: Any, prediction: MemoryPrediction, gpus: int) -> None:
     table = Table(box=None, pad_edge=False)
-    for name, side in (("part", "left"), ("GB", "right"), ("", "left")):
+    for name, side in (("part", "left"), ("GB", "right"), ("GiB", "right"), ("", "left")):
         table.add_column(name, justify=side)
     largest = max(prediction.parts.values())
     for name, size in prediction.parts.items():
-        table.add_row(name, f"{size / 1e9:.2f}", "█" * round(30 * size / largest), style=None if size else "dim")
-    table.add_row("peak", f"{prediction.peak / 1e9:.2f}", f"allocated, at its most: {prediction.moment}", style="bold")
+        table.add_row(
+            name,
+            f"{size / 1e9:.2f}",
+            f"{size / 2**30:.2f}",
+            "█" * round(30 * size / largest),
+            style=None if size else "dim",
+        )
+    peak, at = prediction.peak, f"allocated, at its most: {prediction.moment}"
+    table.add_row("peak", f"{peak / 1e9:.2f}", f"{peak / 2**30:.2f}", at, style="bold")
     console.print(table)
     how = "counted tensor by tensor" if prediction.engine == "fused" else f"estimated ({prediction.reason})"
     each = "" if gpus == 1 else f" on each of {gpus} GPUs"
     say(f"\n{prediction.engine} layers, {how}; packs taken as full and wholly trained")
     say(f"the card must have {in_gib(prediction.needed)}{each}: the peak, {prediction.margin}")
     if prediction.host:
-        say(f"host memory{each}: {in_gb(prediction.host, 1)} for what is offloaded, and paged optimizer states")
+        say(f"host memory{each}: {in_gib(prediction.host)} for what is offloaded, and paged optimizer states")
     say("")
 
 
@@ -103,13 +110,13 @@ def _print_candidates(
         return
     say("settings that fit, the fastest first:")
     for candidate in others[:MOST_SHOWN]:
-        host = f", {in_gb(candidate.prediction.host, 1)} of host memory" if candidate.prediction.host else ""
+        host = f", {in_gib(candidate.prediction.host)} of host memory" if candidate.prediction.host else ""
         say(f"\n  {_cost(candidate)}, {in_gib(candidate.prediction.needed)}{host}\n  {_settings(candidate)}")
 
 
 def _cost(candidate: Candidate) -> str:
     other = "" if candidate.trains_the_same else ", and trains something else"
-    return f"{candidate.slow_down:.2f} times the time{other}"
+    return f"{candidate.slow_down:.2f}× the time{other}"
 
 
 def _settings(candidate: Candidate) -> str:

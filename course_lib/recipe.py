@@ -110,6 +110,9 @@ class TrainingSettings(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     gradient_checkpointing: bool | Positive = False  # run layers again in backward: all of them, or the first N
+    loss_chunk: Positive | None = (
+        None  # fused layers: positions whose logits are there at one time; none: 268 MB of them
+    )
     offload: list[Offload] = []  # what stays in host memory: less on the GPU, more time (course plan says how much)
     log_every: Positive = 1  # steps
     checkpoint_every: Count = 0  # steps; 0 saves at the end only

@@ -37,11 +37,13 @@ class FusedEngine:
         offload: Collection[str] = (),
         device: torch.device | None = None,
         places: type[TwoPlaces] | None = None,
+        loss_chunk: int | None = None,
     ) -> None:
         """`checkpoint` keeps of each layer, or of that many, its input alone and runs it again in backward.
 
         `offload` names what stays in host memory (offload.py); the rest goes to `device`, by default where the adapters are.
-        `places` says where the layers' frozen weights are kept instead of there, such as in shards (shards.py).
+        `places` says where the layers' frozen weights are kept instead of there, such as in shards (shards.py). `loss_chunk` is
+        `loss.chunked_loss`'s.
         """
         self.description = "fused layers"
         if places is None and "layers" in offload:
@@ -50,7 +52,7 @@ class FusedEngine:
         device = device or next(p.device for p in model.parameters() if p.requires_grad)
         place(base, [*offload, "layers"] if places else offload, device)
         self.embedding, self.rotary, self.norm = base.model.embed_tokens, base.model.rotary_emb, base.model.norm
-        self.head = base.lm_head
+        self.head, self.loss_chunk = base.lm_head, loss_chunk
         modules = list(base.model.layers)
         adapted = [module for layer in modules for module in _linears(layer) if hasattr(module, "lora_A")]
         dtype = self.norm.weight.dtype
@@ -98,7 +100,8 @@ class FusedEngine:
         if isinstance(self.head, HostHead):
             loss, by_normed = streamed_loss(normed, self.head, targets[0], gradient=keep)
         else:
-            loss, by_normed = chunked_loss(normed, self.head.weight, targets[0], gradient=keep)
+            weight, chunk = self.head.weight, self.loss_chunk
+            loss, by_normed = chunked_loss(normed, weight, targets[0], gradient=keep, chunk=chunk)
         if by_normed is not None:
             passed.rows = _Rows(positions, rows, rstd, by_normed)
         return loss, passed

@@ -77,7 +77,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @part_of("head")
 def chunked_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, gradient: bool
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, gradient: bool, chunk: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum of the cross entropy of a frozen head's logits, which are never all there at once.
 
@@ -86,13 +86,14 @@ def chunked_loss(
         weight: shape (vocabulary, width).
         targets: int64, shape (rows,).
         gradient: make that by `hidden` in the same pass, chunk by chunk, while a chunk's logits are at hand.
+        chunk: rows whose logits are there at one time; by default as many as make LOGITS_A_CHUNK.
 
     Returns:
         Scalar float32, and the gradient, shaped and typed as `hidden`.
     """
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     by_hidden = torch.empty_like(hidden) if gradient else None
-    rows = max(1, LOGITS_A_CHUNK // len(weight))
+    rows = chunk or max(1, LOGITS_A_CHUNK // len(weight))
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         logits = hidden[part] @ weight.t()

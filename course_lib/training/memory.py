@@ -87,7 +87,7 @@ def _advice(recipe: Recipe, shard: bool) -> str:
         if not found:
             return f"{said}; no setting makes it fit: take a smaller model.name"
         settings = " ".join(f"--set {shlex.quote(override)}" for override in found[0].overrides)
-        return f"{said}; it fits, in {found[0].slow_down:.2f} times the time, with {settings} (course plan shows more)"
+        return f"{said}; it fits, in {found[0].slow_down:.2f}× the time, with {settings} (course plan shows more)"
     except Exception:
         return ""
 

@@ -59,6 +59,11 @@ def with_adapter(shape: ModelShape, lora: LoraSettings) -> list[LinearShape]:
     return [linear for linear in shape.linears if any(f".{linear.name}".endswith(f".{t}") for t in lora.targets)]
 
 
+def has_dora(recipe: Recipe) -> bool:
+    """Whether adapters have magnitudes (DoRA), which are trained beside them."""
+    return getattr(recipe.lora, "dora", False)
+
+
 def fused_groups(shape: ModelShape, lora: LoraSettings) -> list[Group]:
     """The linear layers of a decoder layer in the groups that the fused layers compute together."""
     by_name = {linear.name: linear for linear in shape.linears}
@@ -157,11 +162,12 @@ def optimizer_workspace(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def _adapter_sizes(recipe: Recipe, shape: ModelShape) -> list[int]:
-    """Elements of all A, and of all B."""
+    """Elements of all A, of all B, and of DoRA's magnitudes."""
     assert recipe.lora is not None
     linears = with_adapter(shape, recipe.lora)
-    sums = sum(linear.inputs for linear in linears), sum(linear.outputs for linear in linears)
-    return [shape.layers * recipe.lora.r * size for size in sums]
+    inputs, outputs = sum(linear.inputs for linear in linears), sum(linear.outputs for linear in linears)
+    magnitudes = [outputs] if has_dora(recipe) else []
+    return [shape.layers * size for size in (recipe.lora.r * inputs, recipe.lora.r * outputs, *magnitudes)]
 
 
 def _add_tables(lasting: Lasting, shape: ModelShape, offload: Collection[str], element: int) -> None:

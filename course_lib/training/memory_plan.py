@@ -28,6 +28,7 @@ OFFLOADS = (
     ("embedding", "head", "checkpoints", "layers"),
 )
 WORTH = 0.98  # of the memory of the candidate before: what saves less is not worth a line
+SMALL_CHUNK = 256  # positions whose logits are there at one time: enough rows to keep a GPU's matrix units busy
 SHORTEST = 128  # tokens: below this, rows are not proposed to be cut
 
 
@@ -103,6 +104,8 @@ def _time_a_token(recipe: Recipe, shape: ModelShape) -> float:
     time = (1 + (measured["checkpointing"] - 1) * again) / _at(measured["tokens_per_second"], tokens)
     if recipe.model.dtype == "nf4":
         time *= measured["nf4"]
+    if training.loss_chunk and "head" not in training.offload:
+        time *= measured["loss_chunk"]
     for part in {"head", "layers"} & {*training.offload}:
         time *= _at(measured[part], tokens)
     return time
@@ -142,11 +145,14 @@ def _variants(recipe: Recipe) -> Iterator[tuple[str, ...]]:
     formats: list[tuple[str, ...]] = [()]
     if recipe.lora and recipe.model.dtype != "nf4":
         formats.append(("model.dtype=nf4",))
+    chunks: list[tuple[str, ...]] = [()]
+    if recipe.lora and (training.loss_chunk or SMALL_CHUNK + 1) > SMALL_CHUNK:
+        chunks.append((f"training.loss_chunk={SMALL_CHUNK}",))
     offloads: list[tuple[str, ...]] = [()]
     if recipe.lora:
         others = [parts for parts in OFFLOADS if {*parts} != {*training.offload}]
         offloads += [(f"training.offload=[{','.join(parts)}]",) for parts in others]
-    for chosen in product(formats, states, batches, offloads):
+    for chosen in product(formats, states, batches, chunks, offloads):
         yield tuple(override for part in chosen for override in part)
 
 

@@ -20,6 +20,7 @@ from course_lib.training.memory_parts import (
     computed_in,
     fused_groups,
     fused_lasting,
+    has_dora,
     offloaded,
     optimizer_workspace,
     plain_lasting,
@@ -111,6 +112,8 @@ def why_plain(recipe: Recipe, shape: ModelShape) -> str:
             return f"{target} has an adapter"
     if computed_in(recipe) == "float16":
         return "float16 needs its gradients scaled"
+    if has_dora(recipe):
+        return "DoRA scales the rows of frozen weights"
     if dtype == "int8":
         return "a linear layer is a Linear8bitLt"
     if shape.window is not None and recipe.data.max_length > shape.window:
@@ -146,6 +149,8 @@ def _predict_fused(recipe: Recipe, shape: ModelShape, shares: int, libraries: in
         element=BYTES[computed_in(recipe)],
         checkpointed=checkpointed_layers(recipe.training.gradient_checkpointing, shape.layers),
         offload=offloaded(recipe, shape) & {"head", "checkpoints"},
+        loss_chunk=recipe.training.loss_chunk,
+        flash=computed_in(recipe) != "float32",
     )
     ledger, of_optimizer = step_memory(step), optimizer_workspace(recipe, shape)
     if of_optimizer > ledger.peak:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from course_lib.model_shape import LinearShape, ModelShape
 from course_lib.recipe import Recipe
-from course_lib.training.memory_parts import BYTES, computed_in, optimizer_workspace, tokens_a_batch, with_adapter
+from course_lib.training.memory_parts import (
+    BYTES,
+    computed_in,
+    has_dora,
+    optimizer_workspace,
+    tokens_a_batch,
+    with_adapter,
+)
 
 FLOAT32 = 4
 SHARED_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -53,6 +60,8 @@ def _inputs(recipe: Recipe, shape: ModelShape, element: int) -> int:
     total += (sum(linear.inputs for linear in linears) if copies else _distinct(linears)) * element
     if lora.dropout:
         total += sum(linear.inputs for linear in linears)  # a mask of one byte
+    if has_dora(recipe):  # what W gives and what the adapter gives, each to be scaled
+        total += 2 * sum(linear.outputs for linear in linears) * element
     return total + lora.r * len(linears) * element
 
 
@@ -76,7 +85,7 @@ def plain_moments(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> list[M
     hidden = tokens * shape.width * (FLOAT32 + 2 * element)  # the last norm's input, and its output with a gradient
     earlier = 1.0 if recipe.training.accumulation > gpus else 0.0  # gradients of the micro-batches before
     lora_copies = _cast_adapters(recipe, shape)
-    passing = tokens * element * (4 * shape.intermediate + 4 * shape.width) + _dequantised(recipe, shape)
+    passing = tokens * element * (4 * shape.intermediate + 4 * shape.width) + _of_weights(recipe, shape)
     share = 1 / layers
     moments = [
         Moment("head and loss", kept + hidden + lora_copies, tokens * shape.vocabulary * A_LOGIT, earlier),
@@ -96,7 +105,13 @@ def _cast_adapters(recipe: Recipe, shape: ModelShape) -> int:
     return shape.layers * recipe.lora.r * sides * BYTES[computed_in(recipe)]
 
 
-def _dequantised(recipe: Recipe, shape: ModelShape) -> int:
-    if recipe.model.dtype != "nf4":
-        return 0
-    return max(linear.inputs * linear.outputs for linear in shape.linears) * BYTES[computed_in(recipe)]
+def _of_weights(recipe: Recipe, shape: ModelShape) -> int:
+    """What is made of a linear layer's weights while it computes: NF4 dequantised; for DoRA, B A by way of an identity matrix, and W + B A."""
+    element, most = BYTES[computed_in(recipe)], 0
+    for linear in shape.linears:
+        weights = linear.inputs * linear.outputs * element
+        size = weights if recipe.model.dtype == "nf4" else 0
+        if has_dora(recipe):
+            size += linear.inputs**2 * (FLOAT32 + element) + 3 * weights
+        most = max(most, size)
+    return most

@@ -264,6 +264,7 @@ def _make_engine(
             offload=settings.offload,
             device=device,
             places=ShardedPlaces if shard else None,
+            loss_chunk=settings.loss_chunk,
         )
     if settings.offload:
         raise InputError(f"training.offload = {settings.offload} needs the fused layers, which do not apply: {reason}")

@@ -6,14 +6,13 @@ Every tensor that those modules make is entered in a ledger where they make it, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from course_lib.model_shape import ModelShape
 from course_lib.training.fused_sizes import LOGITS_A_CHUNK, aligned, slices_of
+from course_lib.training.ledger import Ledger
 
 INTEGER, FLOAT32 = 8, 4  # bytes
 FLASH_ROWS = 128  # by which flash attention rounds each sample up in backward
@@ -68,71 +67,8 @@ class Step:
     element: int  # bytes of the type it computes in
     checkpointed: int  # layers, from the first on, that run again in backward
     offload: frozenset[str] = frozenset()
-
-
-@dataclass
-class Ledger:
-    """Bytes of the tensors that are there, by name; and what was there when they were most.
-
-    Attributes:
-        granule: an allocation is rounded up to its multiple: 512 bytes on a GPU (PyTorch's caching allocator).
-        workspace: of what is there, and of what was there at the peak, the part that is made for one product alone.
-        moments: the most there was in each part of the step, by its name.
-    """
-
-    granule: int = 512
-    alive: dict[str, int] = field(default_factory=dict)
-    passing: set[str] = field(default_factory=set)
-    total: int = 0
-    workspace: int = 0
-    peak: int = 0
-    workspace_at_peak: int = 0
-    moment: str = ""
-    moments: dict[str, int] = field(default_factory=dict)
-
-    def hold(self, name: str, size: int, *, passing: bool = False) -> None:
-        """A tensor of `size` bytes is made; `passing` counts it as workspace."""
-        assert name not in self.alive, f"{name} is there already"
-        if not size:
-            return
-        self.alive[name] = -(-size // self.granule) * self.granule
-        self.total += self.alive[name]
-        if passing:
-            self.passing.add(name)
-            self.workspace += self.alive[name]
-        self._note(self.total, self.workspace)
-
-    def free(self, *names: str) -> None:
-        """The last name for each of these is gone. What was not held, or had no size, is passed over."""
-        for name in names:
-            size = self.alive.pop(name, 0)
-            self.total -= size
-            if name in self.passing:
-                self.passing.remove(name)
-                self.workspace -= size
-
-    def free_layer(self, number: int, *, but: Collection[str] = ()) -> None:
-        """All that is kept of a layer is gone."""
-        self.free(*[name for name in self.alive if name.endswith(f" {number}") and name not in but])
-
-    def touch(self, **sizes: int) -> None:
-        """Tensors that are there for a moment, all at once, and count as workspace."""
-        size = sum(-(-size // self.granule) for size in sizes.values()) * self.granule
-        self._note(self.total + size, self.workspace + size)
-
-    def _note(self, total: int, workspace: int) -> None:
-        if total > self.moments.get(self.moment, 0):
-            self.moments[self.moment] = total
-        if total > self.peak:
-            self.peak, self.workspace_at_peak = total, workspace
-
-    @contextmanager
-    def during(self, **sizes: int) -> Iterator[None]:
-        """Tensors that are there for a while."""
-        for name, size in sizes.items():
-            self.hold(name, size, passing=True)
-        yield
-        self.free(*sizes)
+    loss_chunk: int | None = None
+    flash: bool = True  # attention that takes all samples in one call; not in float32 (attention.takes_edges)
 
 
 def replay_step(step: Step, ledger: Ledger) -> None:
@@ -207,6 +143,11 @@ class _Replay:
         if self.queries != self.keys:  # each key and value head once for every query head
             ledger.hold(f"repeated k {number}", rows(self.queries))
             ledger.hold(f"repeated v {number}", rows(self.queries))
+        if not self.step.flash:
+            # a call for each sample: their outputs, which become one; and with groups of heads, all the weights
+            ledger.hold(f"attended samples {number}", rows(self.queries))
+            weights = self.shape.heads * tokens * tokens // self.step.samples * FLOAT32
+            ledger.hold(f"attention weights {number}", weights if self.queries != self.keys else 0)
         ledger.hold(f"attended {number}", rows(self.queries))
         ledger.hold(f"log of sums {number}", tokens * self.shape.heads * FLOAT32)
         self.project(self.o, f"A x of o {number}")
@@ -247,7 +188,7 @@ class _Replay:
         if "head" in step.offload:
             self.streamed_loss()
         else:
-            rows = min(step.trained, max(1, LOGITS_A_CHUNK // vocabulary))
+            rows = min(step.trained, step.loss_chunk or max(1, LOGITS_A_CHUNK // vocabulary))
             after = min(rows, step.trained - rows)  # the first chunk has its name until the next is made
             a_row = vocabulary * step.element
             ledger.hold("by normed", trained(width))

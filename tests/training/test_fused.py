@@ -229,6 +229,9 @@ def test_chunks_of_the_loss_add_up(monkeypatch: pytest.MonkeyPatch, host: bool) 
     got, by_hidden = compute(hidden.detach(), head, targets, gradient=True)
     torch.testing.assert_close(got, expected.detach())
     torch.testing.assert_close(by_hidden, wanted)
+    if not host:
+        small = chunked_loss(hidden.detach(), weight, targets, gradient=True, chunk=3)
+        torch.testing.assert_close(small, (got, by_hidden))
     again, nothing = compute(hidden.detach(), head, targets, gradient=False)
     torch.testing.assert_close(again, got)
     assert nothing is None

@@ -21,8 +21,9 @@ from course_lib.training import fused, fused_layer, fused_linear, host_memory, l
 from course_lib.training.adapters import add_lora
 from course_lib.training.fused import FusedEngine
 from course_lib.training.fused_sizes import checkpointed_layers
+from course_lib.training.ledger import Ledger
 from course_lib.training.memory_parts import fused_groups
-from course_lib.training.step_memory import Ledger, Step, replay_step
+from course_lib.training.step_memory import Step, replay_step
 
 SHAPE = {
     "vocab_size": 997,
@@ -69,12 +70,12 @@ def kernels_that_only_allocate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(
-    config: Any, lora: dict[str, Any], *, checkpoint: bool | int, offload: list[str]
+    config: Any, lora: dict[str, Any], *, chunk: int | None, checkpoint: bool | int, offload: list[str]
 ) -> tuple[dict[str, int], int]:
     """The most bytes in each part of a step, and how many positions were trained."""
     model = AutoModelForCausalLM.from_config(config)
     model = add_lora(model, LoraSettings(**lora)).train()
-    engine = FusedEngine(model, checkpoint=checkpoint, offload=offload)
+    engine = FusedEngine(model, checkpoint=checkpoint, offload=offload, loss_chunk=chunk)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(997, (length,), generator=generator).tolist() for length in LENGTHS]
     batch = flatten([Example(row, [-100] * 9 + row[9:]) for row in rows])
@@ -98,10 +99,10 @@ def measured(
     return tracker.most, len(positions)
 
 
-CASES = [  # adapters, checkpointing, offload, whether the head takes more than one chunk
+CASES = [  # adapters, checkpointing, offload, whether the head takes more than one chunk, or of how many positions
     ({}, False, [], True),
     ({}, True, [], False),
-    ({}, 2, [], False),
+    ({}, 2, [], 31),
     ({"dropout": 0.1}, False, [], False),
     ({"dropout": 0.1}, True, [], True),
     ({"targets": ["q_proj", "v_proj"]}, True, [], False),
@@ -121,9 +122,10 @@ def test_the_replay_holds_what_the_layers_hold(
     lora: dict[str, Any],
     checkpoint: bool | int,
     offload: list[str],
-    chunks: bool,
+    chunks: bool | int,
 ) -> None:
-    if chunks:
+    chunk = None if isinstance(chunks, bool) else chunks
+    if chunks is True:
         for module in (loss, step_memory):
             monkeypatch.setattr(module, "LOGITS_A_CHUNK", 997 * 50)
         for module in (host_memory, step_memory):
@@ -133,11 +135,11 @@ def test_the_replay_holds_what_the_layers_hold(
     lora = {"r": 8, **lora}
     recipe = make_recipe({"model": {"name": "x", "dtype": "float32"}, "lora": lora, "data": {"path": "x"}})
     shape = ModelShape.of(tmp_path)
-    got, trained = measured(config, lora, checkpoint=checkpoint, offload=offload)
+    got, trained = measured(config, lora, chunk=chunk, checkpoint=checkpoint, offload=offload)
     step = Step(
         shape=shape, groups=fused_groups(shape, recipe.lora), tokens=sum(LENGTHS), trained=trained, samples=len(LENGTHS),
         element=4,
-        checkpointed=checkpointed_layers(checkpoint, shape.layers), offload=frozenset(offload),
+        checkpointed=checkpointed_layers(checkpoint, shape.layers), offload=frozenset(offload), loss_chunk=chunk,
     )  # fmt: skip
     ledger = Ledger(granule=1)
     replay_step(step, ledger)

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from course_lib.widgets.mask_view import MaskView
+from course_lib.widgets.memory_planner import MemoryPlanner
 from course_lib.widgets.packing_view import PackingView
 
 pytestmark = pytest.mark.browser
+ASSETS = {MaskView: "mask_view.js", PackingView: "packing_view.js", MemoryPlanner: "memory_planner.js"}
 WIDGETS = Path(__file__).parents[2] / "course_lib" / "widgets"
 HOSTILE = "<script>window.hurt=1</script><img src=x onerror=window.hurt=1>\"'"
 OFFLINE = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
@@ -60,7 +62,7 @@ def drive(tmp_path: Path, read_html: Callable) -> Callable:
         pytest.skip("no chromium on this machine")
 
     def run(view: Any, script: str) -> dict[str, Any]:
-        kind, asset = (MaskView, "mask_view.js") if isinstance(view, MaskView) else (PackingView, "packing_view.js")
+        kind, asset = next((kind, asset) for kind, asset in ASSETS.items() if isinstance(view, kind))
         traits = {name: getattr(view, name) for name in kind.class_own_traits(sync=True)}
         state = json.dumps(traits).replace("</", "<\\/")
         js, css = ((WIDGETS / name).read_text(encoding="utf-8") for name in (asset, "course.css"))
@@ -264,3 +266,90 @@ def test_large_content_scrolls_inside_the_widget(drive: Callable, tokenizer: Any
         assert seen["beyond"] <= 0
         assert seen["right"] <= width
         assert seen["height"] < 1400
+
+
+PLANNED = "qwen2_5_7b_instruct_qlora_alpaca_2048_e3"
+
+
+def test_the_bar_is_as_long_as_the_memory_it_shows(drive: Callable) -> None:
+    planner = MemoryPlanner(PLANNED, vram="8GiB")
+    seen = drive(
+        planner,
+        """const bar = one(".course-memory-bar"), width = bar.clientWidth;
+        return { widths: all(".course-part").map((node) => 100 * node.getBoundingClientRect().width / width),
+                 edge: 100 * (one(".course-card-edge").getBoundingClientRect().left - bar.getBoundingClientRect().left) / width,
+                 parts: text(".course-parts th"), sizes: text(".course-parts td"), alternative: bar.getAttribute("aria-label"),
+                 verdict: text("[role=status]")[0], fits: one("[role=status]").classList.contains("course-fits"),
+                 named: all("select, input").every((node) => node.closest("label")?.textContent.trim()) };""",
+    )
+    shown = planner.view["segments"]
+    assert seen["widths"] == pytest.approx([segment["percent"] for segment in shown], abs=0.3)
+    assert seen["edge"] == pytest.approx(planner.view["card"]["percent"], abs=0.3)
+    assert seen["parts"] == [segment["part"] for segment in shown]
+    assert seen["sizes"] == [segment["size"] for segment in shown]
+    assert seen["alternative"] == seen["verdict"] == planner.view["headline"]
+    assert seen["fits"] is False
+    assert seen["named"] is True  # every input has a label
+    assert seen["listeners"] == 0
+
+
+def test_a_control_tells_python_and_keeps_the_focus(drive: Callable) -> None:
+    planner = MemoryPlanner(PLANNED, vram="8GiB")
+    seen = drive(
+        planner,
+        """const select = all("select").find((node) => node.closest("label").textContent.startsWith("Tokens"));
+        select.focus();
+        select.value = "512";
+        select.dispatchEvent(new Event("change", { bubbles: true }));
+        const asked = model.get("values");
+        model.set("view", { ...model.get("view"), headline: "Fits.", fits: true });
+        const after = { kept: document.activeElement === select, verdict: text("[role=status]")[0] };
+        const box = all("input[type=checkbox]")[1];
+        box.click();
+        return { asked, ...after, offload: model.get("values").offload, saved: model.saved };""",
+    )
+    assert seen["asked"] == {**planner.values, "max_length": "512"}
+    assert (seen["kept"], seen["verdict"]) == (True, "Fits.")
+    assert (seen["offload"], seen["saved"]) == ("head", 2)
+
+
+def test_settings_that_fit_are_taken_over_by_a_button(drive: Callable) -> None:
+    planner = MemoryPlanner(PLANNED, vram="8GiB")
+    seen = drive(
+        planner,
+        """const buttons = all(".course-fitting button");
+        buttons[0].click();
+        return { count: buttons.length, spoken: buttons[0].ariaLabel, values: model.get("values") };""",
+    )
+    first = planner.view["suggestions"][0]
+    assert (seen["count"], seen["spoken"]) == (len(planner.view["suggestions"]), f"Use: {first['words']}")
+    assert seen["values"] == first["values"]
+    planner.values = seen["values"]
+    assert planner.view["fits"]
+
+
+def test_a_hostile_model_name_and_problem_stay_text(drive: Callable) -> None:
+    planner = MemoryPlanner(PLANNED)
+    planner.view = {**planner.view, "title": HOSTILE, "problem": HOSTILE, "details": HOSTILE, "command": HOSTILE}
+    seen = drive(
+        planner,
+        """return { title: text(".course-heading")[0], problem: text("[role=alert]")[0],
+                    injected: all("script, img").length + (window.hurt ?? 0) };""",
+    )
+    assert (seen["title"], seen["problem"], seen["injected"]) == (HOSTILE, HOSTILE, 0)
+
+
+@pytest.mark.parametrize("width", [1100, 600, 380])
+def test_the_planner_stays_inside_its_cell(drive: Callable, width: int) -> None:
+    planner = MemoryPlanner(PLANNED, vram="6GiB")
+    planner.values = {**planner.values, "rank": "all", "batch_size": "16"}
+    seen = drive(
+        planner,
+        f"""document.getElementById("root").style.width = "{width - 40}px";
+        await new Promise((done) => setTimeout(done, 50));
+        const label = one(".course-card-label").getBoundingClientRect();
+        return {{ beyond: document.documentElement.scrollWidth - innerWidth, left: label.left, right: label.right,
+                  ends: one("section").getBoundingClientRect().right }};""",
+    )
+    assert seen["beyond"] <= 0
+    assert 0 <= seen["left"] < seen["right"] <= seen["ends"] <= width

@@ -228,7 +228,16 @@ TEXT_ON = [
     *[("ink", ground) for ground in ("page", "faint", "trained", "segment", "segment-other")],
     *[("quiet", ground) for ground in ("page", "faint", "trained")],
 ]
-MARK_ON = [("line", "page"), ("brand", "page"), ("own", "page"), ("ink", "warned")]
+MARK_ON = [
+    ("line", "page"),
+    ("brand", "page"),
+    ("own", "page"),
+    ("ink", "warned"),
+    ("ink", "faint"),
+    *[
+        ("ink", part) for part in ("model-1", "model-2", "trains-1", "trains-2", "passes-1", "passes-2")
+    ],  # the card's edge
+]
 
 
 def luminance(color: tuple[float, ...]) -> float:
@@ -272,7 +281,13 @@ def test_text_and_marks_stand_out_from_their_ground(theme: str) -> None:
             assert contrast(named[mark], named[ground]) >= least, (mark, ground)
 
 
-@pytest.mark.parametrize("asset", ["mask_view.js", "packing_view.js", "course.css", "mask_view.py", "packing_view.py"])
+@pytest.mark.parametrize(
+    "asset",
+    [
+        *("mask_view.js", "packing_view.js", "memory_planner.js", "course.css"),
+        *("mask_view.py", "packing_view.py", "memory_planner.py"),
+    ],
+)
 def test_an_asset_names_no_address(asset: str) -> None:
     text = ROOT.joinpath("course_lib/widgets", asset).read_text(encoding="utf-8")
     assert not re.search(r"//[\w.]+\.\w|\burl\((?!#)|@import|\bimport\s*\(|\bfetch\(|<link|src=", text)
