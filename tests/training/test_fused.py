@@ -278,3 +278,34 @@ def test_what_lies_in_host_memory_changes_nothing(offload: list[str], tied: bool
     torch.testing.assert_close(results[1][0], results[0][0])
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[1][2], results[0][2])
+
+
+def test_a_small_update_is_not_rounded_away_in_bfloat16() -> None:
+    """W x is some hundred times what an adapter adds after its first steps. peft rounds W x before it adds, and most is lost."""
+    torch.manual_seed(3)
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8})
+    base = AutoModelForCausalLM.from_config(config)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, 0, 0.05)
+    model = with_adapters(base, r=64, lora_alpha=16).to(torch.bfloat16)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            nn.init.normal_(parameter, 0, 0.025)
+        elif "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape).sign().mul(1e-4).bfloat16()
+    x = torch.randn(64, 512).bfloat16()
+    a, b = (getattr(layer, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
+    exact = layer.scaling["default"] * (x.double() @ a.t() @ b.t())
+
+    def arrived(with_adapter: torch.Tensor) -> float:
+        update = with_adapter.double() - layer.base_layer(x).double()
+        return float((update * exact).sum() / exact.square().sum())
+
+    group = FusedEngine(model, checkpoint=False).layers[0].qkv
+    buffer = group.new_input(x)
+    buffer[:, :512] = x
+    with torch.no_grad():
+        fused, _ = group.forward(buffer)
+        assert arrived(fused[:, group.outputs[0]]) > 0.8
+        assert arrived(layer(x)) < 0.4

@@ -287,14 +287,6 @@ def test_memory_that_runs_out_is_one_line(
     assert caught.value.exit_code == 1
 
 
-def test_several_processes_are_refused_not_run_apart(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="several processes is not there yet"):
-        train(make(), work_dir=tmp_path / "run")
-
-
 def test_saving_a_whole_model_draws_no_bar(make: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = make(lora=None, training={"max_steps": 1})
     train(recipe, work_dir=tmp_path / "run")
