@@ -57,9 +57,9 @@ def train(
     """
     work_dir = Path(work_dir)
     earlier = {"resume": resume, "overwrite": overwrite}
-    checkpoint_to_resume(work_dir, **earlier)  # a wrong folder is told before the model is loaded
+    checkpoint = checkpoint_to_resume(work_dir, **earlier)  # a wrong folder is told before the model is loaded
     with memory_errors():
-        run = prepare_run(recipe, work_dir)
+        run = prepare_run(recipe, work_dir, checkpoint=checkpoint)
         with lock(work_dir), interrupts_told(work_dir, resume_hint):
             checkpoint = checkpoint_to_resume(work_dir, **earlier)
             first_step = run.restore(checkpoint) if checkpoint else 0

@@ -28,7 +28,7 @@ from course_lib.training.events import CheckpointSaved, Event, Listener
 from course_lib.training.fused import FusedEngine, why_not_fused
 from course_lib.training.loss import to_device
 from course_lib.training.offload import load_on_host
-from course_lib.training.optimizer import make_optimizer, make_schedule
+from course_lib.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from course_lib.training.plain import PlainEngine
 
 if TYPE_CHECKING:
@@ -144,16 +144,22 @@ class Run:
         return state["step"]
 
 
-def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
+def prepare_run(recipe: Recipe, work_dir: Path, *, checkpoint: Path | None = None) -> Run:
     """Load what the recipe names. Nothing is written.
 
+    Args:
+        checkpoint: what will be restored; adapters that change the base's weights begin as they did there.
+
     Raises:
-        InputError: the recipe, its model or its data do not fit.
+        InputError: the recipe, its model or its data do not fit, or the checkpoint was made from another recipe.
+        CourseError: the checkpoint is damaged.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "WORLD_SIZE is above 1: training by several processes is not there yet; start one, without torchrun"
         )
+    if checkpoint:
+        load_state(checkpoint, recipe=recipe.model_dump(mode="json"), mapped=True)
     set_seed(recipe.training.seed)
     settings = recipe.model
     base_folder = model_folder(settings.name)
@@ -175,7 +181,8 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
         )
     _keep_quantised_weights(model)
     if recipe.lora is not None:
-        model = add_lora(model, recipe.lora)
+        seed = recipe.training.seed
+        model = add_lora(model, recipe.lora, examples=dataset.train, seed=seed, checkpoint=checkpoint)
     AcceleratorState._reset_state()  # a second run in one notebook may compute in another type
     accelerator = Accelerator(mixed_precision=_mixed_precision(model))
     plan = plan_steps(dataset.train, recipe.data, recipe.training)
@@ -183,7 +190,9 @@ def prepare_run(recipe: Recipe, work_dir: Path) -> Run:
     flat = supports_segments(_base_model(model), longest=longest)
     model = accelerator.prepare_model(model, device_placement=not offload)
     engine = _make_engine(accelerator.unwrap_model(model), recipe.training, flat=flat, device=accelerator.device)
-    optimizer = accelerator.prepare(make_optimizer(engine.trainable, recipe.training))
+    lr_ratio = recipe.lora.lr_ratio if recipe.lora else 1
+    groups = parameter_groups(engine.named_trainable, recipe.training, lr_ratio=lr_ratio)
+    optimizer = accelerator.prepare(make_optimizer(groups, recipe.training))
     return Run(
         recipe=recipe,
         work_dir=work_dir,
