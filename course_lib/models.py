@@ -227,6 +227,8 @@ def load_model(
                 ignore_mismatched_sizes=True,  # to name them below
                 output_loading_info=True,
             )
+            if dtype == "int8":
+                _keep_int8_scales(model)
             if adapter is not None:
                 from peft import PeftModel
 
@@ -252,6 +254,19 @@ def load_model(
         name = layout_of(folder).stored_name(min(missing))
         raise InputError(f"{folder}: tensor {name} is missing; the folder is incomplete: fetch it again")
     return model, tokenizer
+
+
+def _keep_int8_scales(model: PreTrainedModel) -> None:
+    """On a CPU, peft's DoRA puts a layer's weight anew and leaves its scales out: the layer goes on with those it has."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    def keep(layer: Linear8bitLt, _: Any) -> None:
+        if layer.weight.SCB is None and layer.state.SCB is not None:
+            layer.weight.CB = None  # else the layer would take the weight for a new one
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(keep)
 
 
 def load_tokenizer(name_or_path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

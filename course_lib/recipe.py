@@ -19,6 +19,7 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
 Offload = Literal["embedding", "head", "checkpoints", "layers"]
+Init = Literal["default", "pissa", "olora", "eva"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -45,13 +46,17 @@ class ModelSettings(Section):
 
 
 class LoraSettings(Section):
-    """Low-rank adapters (Hu et al. 2021): W + alpha / r * B A."""
+    """Low-rank adapters (Hu et al. 2021): W + alpha / r * B A, and variants of them."""
 
     r: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the adapters, their gradients, and plain adamw's states
     targets: Literal["all-linear"] | list[str] = "all-linear"  # or names of linear layers, such as [q_proj, v_proj]
+    rslora: bool = False  # alpha / sqrt(r) for alpha / r (Kalajdzievski 2023): high ranks learn as fast as low ones
+    dora: bool = False  # lengths of W's rows trained apart from their directions (Liu et al. 2024): slower, more memory
+    init: Init = "default"  # random A, zero B; or from W (pissa, olora) or the data (eva): training/initialisation.py
+    lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1  # LoRA+ (Hayou et al. 2024): learning rate of B over that of A
 
     @field_validator("targets")
     @classmethod
@@ -150,10 +155,29 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _init_fits_the_base(self) -> Recipe:
+        init = self.lora.init if self.lora else "default"
+        if init in ("pissa", "olora") and self.model.dtype in ("int8", "nf4"):
+            raise ValueError(
+                f"lora.init = {init} takes the adapters' start out of the base's weights, and {self.model.dtype} weights cannot "
+                "hold what is left exactly: set lora.init to eva or default, or model.dtype to bfloat16"
+            )
+        if init == "eva" and (apart := {*self.training.offload} - {"checkpoints"}):
+            raise ValueError(
+                f"lora.init = eva runs the whole base before it is taken apart for training.offload = {sorted(apart)}: set "
+                "lora.init to default, or offload checkpoints alone"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _offload_is_for_adapters(self) -> Recipe:
         if self.training.offload and self.lora is None:
             raise ValueError(
                 f"training.offload = {self.training.offload} keeps frozen parts of the model in host memory, and without lora nothing is frozen"
+            )
+        if self.training.offload and self.lora and self.lora.dora:
+            raise ValueError(
+                f"training.offload = {self.training.offload} needs the fused layers, which have no DoRA: set lora.dora to false"
             )
         if {*self.training.offload} - {"checkpoints"} and self.model.dtype == "int8":
             raise ValueError(

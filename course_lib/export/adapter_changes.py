@@ -15,8 +15,9 @@ from course_lib.internlm import is_internlm
 if TYPE_CHECKING:
     import torch
 
-# what peft saves a LoRA matrix as: module, "embedding_" or nothing, A or B, ".weight", ".bias" or nothing
-LORA_KEY = r"base_model\.model\.(.+)\.lora_(embedding_)?([AB])(\.weight|\.bias)?"
+# what peft saves a part of a LoRA as: module, "embedding_" or nothing, which part, ".weight", ".bias" or nothing
+LORA_KEY = r"base_model\.model\.(.+)\.lora_(embedding_)?(A|B|magnitude_vector)(\.weight|\.bias)?"
+ROLES = {"A": "a", "B": "b", "magnitude_vector": "magnitude"}
 
 
 class Structure(NamedTuple):
@@ -34,6 +35,7 @@ class Change:
     a: torch.Tensor | None = None  # (r, in)
     b: torch.Tensor | None = None  # (out, r)
     scaling: float = 1.0
+    magnitude: torch.Tensor | None = None  # (out,): DoRA's
     transposed: bool = False  # the base's tensor is (in, out)
     bias: torch.Tensor | None = None  # lora_B's own bias, added to the layer's
     saved: torch.Tensor | None = None  # trained whole (modules_to_save, biases): takes the tensor's place
@@ -105,7 +107,7 @@ def adapter_changes(
         lora_key = re.fullmatch(LORA_KEY, key)
         if lora_key:
             module, embedding, side, part = lora_key.groups()
-            parameter, role = (f"{module}.bias", "bias") if part == ".bias" else (f"{module}.weight", side.lower())
+            parameter, role = (f"{module}.bias", "bias") if part == ".bias" else (f"{module}.weight", ROLES[side])
         else:
             parameter, role = key.removeprefix("base_model.model.").replace(".base_layer.", "."), "saved"
         name = _disk_name(parameter, stored) or parameter
@@ -120,8 +122,12 @@ def adapter_changes(
             change.scaling = scaling_of(lora, module)
             # peft's flag tells of the layer that it wrapped: over a quantised Conv1D that is a plain linear one.
             conv1d = lora.get("fan_in_fan_out", False) if structure.conv1d is None else name in structure.conv1d
-            change.transposed = bool(embedding) or conv1d  # an embedding is (vocabulary, width)
+            change.transposed |= bool(embedding) or conv1d  # an embedding is (vocabulary, width)
     for name, change in changes.items():
+        dora = change.a is not None and bool(lora.get("use_dora"))
+        if dora != (change.magnitude is not None):
+            has = "no DoRA magnitude" if dora else "a DoRA magnitude and no such LoRA"
+            raise InputError(f"{adapter}: has {has} for {name}; save the adapter again")
         _check_shapes(name, change, stored[name].shape, adapter)
     return changes
 
@@ -153,6 +159,9 @@ def _check_shapes(name: str, change: Change, shape: list[int], adapter: Path) ->
     if change.a is not None and change.b is not None:
         product = [change.b.shape[0], change.a.shape[1]] if change.b.shape[1:] == change.a.shape[:1] else []
         found.append(product[::-1] if change.transposed else product)
+    if change.magnitude is not None:
+        outputs = list(change.magnitude.shape)
+        found.append([shape[0], *outputs] if change.transposed else [*outputs, *shape[1:]])
     if wrong := [each for each in found if each != shape]:
         reason = f"changes {name} by a tensor of shape {wrong[0]}, but the base's is {shape}"
         raise InputError(f"{adapter}: {reason}; it is of another model, or of one whose vocabulary was resized")

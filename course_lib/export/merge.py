@@ -1,6 +1,7 @@
 """Merging a LoRA adapter into its base model, tensor by tensor, without loading the model.
 
 W' = W + scaling * B A (Hu et al. 2021, arXiv 2106.09685); scaling is alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+With DoRA (Liu et al. 2024, arXiv 2402.09353) each output's row of W' is then given the length, its magnitude, that was trained.
 An adapter trained on a quantised base was fitted to the rounded weights, so W is then the quantised and dequantised weight.
 """
 
@@ -32,12 +33,13 @@ from course_lib.sizes import parse_size
 if TYPE_CHECKING:
     import torch
 
-# Settings of peft's LoraConfig under which an adapter is more than W + scaling * B A.
+# Settings of peft's LoraConfig under which an adapter is more than W + scaling * B A with magnitudes.
 NOT_PLAIN = (
-    *("use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
     *("alora_invocation_tokens", "target_parameters", "trainable_token_indices"),
 )
-# Other starts (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights: such an adapter does not fit the base on disk.
+# Other starts (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights: an adapter that still says so does not fit the base
+# on disk. Trainings here save one that does (training/initialisation.py).
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -64,7 +66,7 @@ def merge(
     `trust_remote_code` runs Python from the base's folder; without it such a base merges unless the adapter is for nf4 or int8.
 
     Raises:
-        InputError: the adapter is of another base or no plain LoRA; it changes a tied embedding or a tensor the base does not have;
+        InputError: the adapter is of another base or neither LoRA nor DoRA; it changes a tied embedding or a tensor the base does not have;
             the base is stored quantised; `out` exists or overlaps base or adapter; a wrong option.
         CourseError: the disk is full (an older `out` is as it was), a sum is not finite in `dtype`, or fetching the base failed.
     """
@@ -126,6 +128,10 @@ def _merged_tensor(name: str, weight: torch.Tensor, change: Change, dtype: torch
     if change.a is not None and change.b is not None:
         delta = (change.b.float() @ change.a.float()).mul_(change.scaling)
         result = result.float() + (delta.T if change.transposed else delta)
+    if change.magnitude is not None:
+        inputs = 0 if change.transposed else 1
+        length = result.norm(dim=inputs, keepdim=True)
+        result = result * (change.magnitude.float().unsqueeze(inputs) / length)
     if change.bias is not None:
         result = result.float() + change.bias.float() * change.scaling
     result = result.to(dtype).contiguous()
@@ -165,7 +171,9 @@ def _check_plain_lora(lora: dict[str, Any], adapter: Path) -> None:
     if lora.get("init_lora_weights", True) not in PLAIN_STARTS:
         kinds.append(f"LoRA started from {lora['init_lora_weights']}")
     if kinds:
-        raise InputError(f"{adapter}: is {kinds[0]}, and only plain LoRA is merged here; use peft's merge_and_unload")
+        raise InputError(
+            f"{adapter}: is {kinds[0]}, and only LoRA and DoRA are merged here; use peft's merge_and_unload"
+        )
 
 
 def _check_out(out: Path, inputs: list[Path], *, overwrite: bool) -> None:

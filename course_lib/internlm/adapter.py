@@ -1,7 +1,8 @@
 """LoRA adapters of InternLM2 from Llama's module names to the checkpoint's own, and back.
 
 W' = W + s B A. On `wqkv` of r rows, B's rows go by head as W's do, so q, k and v are B's rows taken apart, with the same A. The
-other way, the three A of q, k and v lie one over the other, and B is made of blocks: rank 3r on `wqkv` computes the same.
+other way, the three A of q, k and v lie one over the other, and B is made of blocks: rank 3r on `wqkv` computes the same. DoRA's
+magnitudes, one a row, go with B's rows.
 InternLM and InternLM3 have Llama's names: their adapters stay as they are.
 """
 
@@ -36,12 +37,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @dataclass
 class _Pair:
-    """A LoRA on one module: A (r, in), B (out, r); of an embedding, A (r, vocabulary) and B (width, r)."""
+    """A LoRA on one module: A (r, in), B (out, r); of an embedding, A (r, vocabulary) and B (width, r). With DoRA, magnitudes (out,)."""
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     embedding: bool
+    magnitude: torch.Tensor | None = None
 
 
 @dataclass
@@ -60,7 +62,7 @@ def export_original(
     three times the rank on `wqkv`; of InternLM and InternLM3 nothing changes but the folder.
 
     Raises:
-        InputError: the base is no InternLM, not on this machine, or another than the adapter's; the adapter is no plain LoRA;
+        InputError: the base is no InternLM, not on this machine, or another than the adapter's; the adapter is neither LoRA nor DoRA;
             `out` exists.
         CourseError: the disk is full.
     """
@@ -88,7 +90,7 @@ def llama_names(adapter: Path, base: Path) -> tuple[dict[str, Any], dict[str, to
     """Return an adapter's settings and tensors as they are for transformers' Llama, whichever names it is saved under.
 
     Raises:
-        InputError: the adapter is saved under the original names of InternLM2 and is no plain LoRA.
+        InputError: the adapter is saved under the original names of InternLM2 and is neither LoRA nor DoRA.
     """
     settings, tensors, layout = read_json(adapter / CONFIG), _tensors(adapter), layout_of(base)
     if not _under_original_names(tensors, layout):
@@ -101,7 +103,7 @@ def original_names(adapter: Path, base: Path) -> tuple[dict[str, Any], dict[str,
     """Return an adapter's settings and tensors as they are for the modules of the checkpoint's own code.
 
     Raises:
-        InputError: InternLM2's names differ and the adapter is no plain LoRA.
+        InputError: InternLM2's names differ and the adapter is neither LoRA nor DoRA.
     """
     settings, tensors, layout = read_json(adapter / CONFIG), _tensors(adapter), layout_of(base)
     if not isinstance(layout, InternLM2Layout) or _under_original_names(tensors, layout):
@@ -124,8 +126,10 @@ def adapter_for_llama(adapter: Path, base: Path) -> Iterator[Path]:
 def _to_llama(adapter: _Adapter, layout: Layout, *, layers: int) -> _Adapter:
     pairs = {}
     for module, pair in adapter.pairs.items():
-        for name, rows in zip(layout.names(module), layout.split(module, pair.b), strict=True):
-            pairs[name] = _Pair(pair.a, rows, pair.scaling, pair.embedding)
+        modules = layout.names(module)
+        magnitudes = [None] * len(modules) if pair.magnitude is None else layout.split(module, pair.magnitude)
+        for name, rows, magnitude in zip(modules, layout.split(module, pair.b), magnitudes, strict=True):
+            pairs[name] = _Pair(pair.a, rows, pair.scaling, pair.embedding, magnitude)
     saved = {}
     for parameter, tensor in adapter.saved.items():
         saved |= dict(zip(layout.names(parameter), layout.split(parameter, tensor), strict=True))
@@ -162,6 +166,14 @@ def _joined(stored: str, parts: dict[str, _Pair], layout: Layout) -> _Pair:
     first = next(iter(parts))
     head_dim, scaling = len(parts[first].b) // heads[first], parts[first].scaling
     adapted = [name for name in names if name in parts]
+    magnitude = None
+    if parts[first].magnitude is not None:
+        if missing := {*names} - {*parts}:
+            raise InputError(
+                f"the adapter is DoRA on {first} and has none on {min(missing)}: {stored} is one matrix, where every row has a "
+                "magnitude; train with all three of q_proj, k_proj and v_proj in lora.targets"
+            )
+        magnitude = layout.join(stored, tuple(parts[name].magnitude for name in names))
     blocks = {
         name: parts[first].b.new_zeros(heads[name] * head_dim, sum(len(parts[one].a) for one in adapted))
         for name in names
@@ -171,9 +183,8 @@ def _joined(stored: str, parts: dict[str, _Pair], layout: Layout) -> _Pair:
         own = parts[name]
         blocks[name][:, column : column + len(own.a)] = own.b * (own.scaling / scaling)
         column += len(own.a)
-    return _Pair(
-        torch.cat([parts[name].a for name in adapted]), layout.join(stored, tuple(blocks.values())), scaling, False
-    )
+    a, b = torch.cat([parts[name].a for name in adapted]), layout.join(stored, tuple(blocks.values()))
+    return _Pair(a, b, scaling, embedding=False, magnitude=magnitude)
 
 
 def _settings(
@@ -229,18 +240,24 @@ def _parse(adapter: Path, config: dict[str, Any], tensors: dict[str, torch.Tenso
     for key, tensor in tensors.items():
         name, side = _parameter(key)
         if side:
-            halves[name][side[-1]] = tensor
+            halves[name][side.removeprefix("embedding_")] = tensor
             embeddings |= {name} if "embedding" in side else set()
         else:
             saved[name] = tensor
-    more = [name for name in saved if "lora_" in name]  # DoRA's magnitudes, biases of B, and the like
+    more = [name for name in saved if "lora_" in name]  # biases of B, and the like
     if config.get("peft_type") != "LORA" or more:
         kind = f"LoRA with {more[0]}" if more else f"of type {config.get('peft_type')}"
-        raise InputError(f"{adapter}: is {kind}, and only plain LoRA has a form under other module names")
-    if alone := [module for module, sides in halves.items() if len(sides) != 2]:
+        raise InputError(f"{adapter}: is {kind}, and only LoRA and DoRA have a form under other module names")
+    if alone := [module for module, sides in halves.items() if not {"A", "B"} <= {*sides}]:
         raise InputError(f"{adapter}: has only one of the two LoRA matrices for {alone[0]}; save the adapter again")
     pairs = {
-        module: _Pair(sides["A"], sides["B"], scaling_of(config, module), module in embeddings)
+        module: _Pair(
+            sides["A"],
+            sides["B"],
+            scaling_of(config, module),
+            embedding=module in embeddings,
+            magnitude=sides.get("magnitude_vector"),
+        )
         for module, sides in halves.items()
     }
     return _Adapter(config, pairs, saved)
@@ -261,11 +278,13 @@ def _keyed(adapter: _Adapter) -> dict[str, torch.Tensor]:
         a, b = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
         keyed[f"base_model.model.{module}.{a}"] = pair.a.contiguous()
         keyed[f"base_model.model.{module}.{b}"] = pair.b.contiguous()
+        if pair.magnitude is not None:
+            keyed[f"base_model.model.{module}.lora_magnitude_vector"] = pair.magnitude.contiguous()
     return keyed
 
 
 def _parameter(key: str) -> tuple[str, str]:
-    """Of peft's key, the module and which half of a LoRA on it; or a parameter, and nothing."""
+    """Of peft's key, the module and which part of a LoRA on it; or a parameter, and nothing."""
     found = re.fullmatch(LORA_KEY, key)
     if found and found[4] != ".bias":
         return found[1], f"{found[2] or ''}{found[3]}"

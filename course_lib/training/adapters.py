@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
 from course_lib.adapter_record import RECORD_FILE, base_fingerprint
+from course_lib.data.tokenize import Example
 from course_lib.errors import InputError, did_you_mean
+from course_lib.files import atomic_file, read_json, write_text
 from course_lib.models import catalogue
 from course_lib.recipe import LoraSettings, ModelSettings
+from course_lib.training.initialisation import (
+    changes_base,
+    for_changed_base,
+    for_unchanged_base,
+    start_from_activations,
+    start_from_saved,
+    start_from_weights,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+
+def add_lora(
+    model: PreTrainedModel,
+    settings: LoraSettings,
+    *,
+    examples: Sequence[Example] = (),
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> PeftModel:
     """Put LoRA adapters on the model's linear layers and freeze the rest.
 
+    With `init` pissa or olora the base's weights change; `save_weights` writes an adapter for the base as it was.
+
+    Args:
+        examples: what `init` eva takes activations of, chosen by `seed`.
+        checkpoint: of the run that is to go on: the start is what it was there. `load_weights` brings A and B.
+
     Raises:
-        InputError: a target names no linear layer of the model, or the rank is above that of every layer.
+        InputError: a target names no linear layer of the model, the rank is above that of every layer, or `init` does not fit.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -31,12 +59,21 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.targets,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, settings.dtype))
+    if settings.init in ("pissa", "olora"):
+        if checkpoint:
+            start_from_saved(adapted, load_file(checkpoint / WEIGHTS))
+        else:
+            start_from_weights(adapted, settings.init)
+    elif settings.init == "eva" and not checkpoint:
+        start_from_activations(adapted, examples, seed=seed)
     return adapted
 
 
@@ -53,9 +90,14 @@ def save_weights(
         known = catalogue().get(settings.name)
         model.peft_config["default"].base_model_name_or_path = (known and known.hub) or settings.name
         model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(
-            missing_ok=True
-        )  # peft writes an empty form; `course publish` makes the real card
+        # peft writes an empty form; `course publish` makes the real card
+        (folder / "README.md").unlink(missing_ok=True)
+        if changes_base(model):
+            config = read_json(folder / CONFIG)
+            tensors, config = for_unchanged_base(model, load_file(folder / WEIGHTS), config)
+            with atomic_file(folder / WEIGHTS) as temporary:  # the tensors may still be read from the file
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     else:
         with quiet_transformers():  # it draws a bar over the shards, beside that of the training
             model.save_pretrained(folder)
@@ -71,14 +113,18 @@ def save_weights(
 
 
 def load_weights(model: PeftModel | PreTrainedModel, folder: Path) -> None:
-    """Load what `save_weights` wrote back into a model of the same shape."""
+    """Load what `save_weights` wrote back into a model of the same shape.
+
+    Raises:
+        CourseError: the adapters there began from other changed weights than the model's.
+    """
     from peft import PeftModel, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     from course_lib.fetch import quiet_transformers
 
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        tensors = load_file(folder / WEIGHTS)
+        set_peft_model_state_dict(model, for_changed_base(model, tensors) if changes_base(model) else tensors)
         return
     with quiet_transformers():
         saved = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()

@@ -65,15 +65,15 @@ def save_bad_batch(work_dir: Path, *, step: int, batch: dict[str, Any], loss: fl
     )
 
 
-def load_state(folder: Path, *, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint's state; `weights_only` keeps a hostile file from running code.
+def load_state(folder: Path, *, recipe: dict[str, Any], mapped: bool = False) -> dict[str, Any]:
+    """Read a checkpoint's state; `weights_only` keeps a hostile file from running code. `mapped` leaves tensors in the file.
 
     Raises:
         InputError: the run was made from another recipe; the first key that differs is named.
         CourseError: the file is damaged.
     """
     try:
-        state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
+        state = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu", mmap=mapped)
     except Exception as error:
         raise CourseError(
             f"{folder / STATE_FILE}: damaged ({' '.join(str(error).split())[:120]}); remove this checkpoint to resume from the one before"

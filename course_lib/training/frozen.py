@@ -110,6 +110,8 @@ def why_not_stacked(layer: nn.Module) -> str:
     if type(layer) is nn.Linear:
         return ""
     state = getattr(layer.weight, "quant_state", None)
+    if type(layer).__name__ == "Linear8bitLt":
+        return "holds int8"
     if type(layer).__name__ != "Linear4bit" or state is None:
         return f"is a {type(layer).__name__}"
     weights = layer.in_features * layer.out_features

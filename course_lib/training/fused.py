@@ -60,7 +60,8 @@ class FusedEngine:
             FlatParameter([getattr(module, name)["default"].weight for module in adapted], compute_dtype=dtype)
             for name in ("lora_A", "lora_B")
         ]
-        self.trainable = [flat.master for flat in self.flat]
+        self.named_trainable = {"lora_A": self.flat[0].master, "lora_B": self.flat[1].master}
+        self.trainable = [*self.named_trainable.values()]
         self.layers = [FusedLayer(layer, *self.flat) for layer in modules]
         self.checkpointed = checkpointed_layers(checkpoint, len(modules))
         frozen = [[group.frozen for group in layer.groups] for layer in self.layers]
@@ -199,7 +200,7 @@ def why_not_fused(model: Any) -> str:
     ):
         return "the head is quantised, trained, or has a bias"
     if model.peft_config["default"].use_dora:
-        return "DoRA scales the frozen weight's columns"
+        return "DoRA scales the rows of frozen weights"
     fused = {id(module): module for layer in base.model.layers for module in _linears(layer)}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and id(module) not in fused:

@@ -27,6 +27,7 @@ from course_lib.training.distributed import (
     OtherProcessEnded,
     any_process,
     from_main,
+    join,
     leave,
     process_count,
     process_index,
@@ -81,10 +82,11 @@ def train(
     """
     work_dir = Path(work_dir)
     earlier = {"resume": resume, "overwrite": overwrite}
-    if is_main_process():
-        checkpoint_to_resume(work_dir, **earlier)  # a wrong folder is told before the model is loaded
+    join(alone=bool(deepspeed or shard))
+    # a wrong folder is told before the model is loaded
+    checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
     with memory_errors(recipe, shard=shard, foretold=deepspeed is None):
-        run = prepare_run(recipe, work_dir, deepspeed=deepspeed, shard=shard)
+        run = prepare_run(recipe, work_dir, checkpoint=checkpoint, deepspeed=deepspeed, shard=shard)
         with lock(work_dir) if is_main_process() else nullcontext(), interrupts_told(work_dir, resume_hint):
             checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
             first_step = run.restore(checkpoint) if checkpoint else 0

@@ -61,7 +61,7 @@ def with_adapter(shape: ModelShape, lora: LoraSettings) -> list[LinearShape]:
 
 def has_dora(recipe: Recipe) -> bool:
     """Whether adapters have magnitudes (DoRA), which are trained beside them."""
-    return getattr(recipe.lora, "dora", False)
+    return recipe.lora is not None and recipe.lora.dora
 
 
 def fused_groups(shape: ModelShape, lora: LoraSettings) -> list[Group]:

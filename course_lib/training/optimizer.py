@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from course_lib.recipe import TrainingSettings
 
@@ -13,8 +14,27 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), or bitsandbytes' with 8-bit or paged states."""
+def parameter_groups(
+    trainable: Mapping[str, torch.nn.Parameter], settings: TrainingSettings, *, lr_ratio: float = 1
+) -> list[dict[str, Any]]:
+    """The optimizer's groups of parameters, by name; the first has the learning rate `settings.lr`.
+
+    B learns `lr_ratio` times as fast as A (LoRA+, Hayou et al. 2024, arXiv 2402.12354), and so do DoRA's magnitudes, as in its
+    authors' code. Biases, norms and magnitudes are not decayed.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in trainable.items():
+        matrix = parameter.ndim > 1 or "lora_A" in name or "lora_B" in name  # which the fused layers hold flat
+        lr = settings.lr * (lr_ratio if "lora_B" in name or "lora_magnitude" in name else 1)
+        groups[lr, settings.weight_decay if matrix else 0.0].append(parameter)
+    ordered = sorted(groups, key=lambda group: group[0] != settings.lr)
+    return [{"params": groups[lr, decay], "lr": lr, "weight_decay": decay} for lr, decay in ordered]
+
+
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter] | list[dict[str, Any]], settings: TrainingSettings
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), or bitsandbytes' with 8-bit or paged states, of parameters or `parameter_groups`."""
     import torch
 
     arguments = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}

@@ -18,7 +18,10 @@ class PlainEngine:
         """`checkpoint` keeps of every layer, or of that many, its input alone and runs it again in backward."""
         self.description = f"the model's own layers ({reason})"
         self.model = model
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.named_trainable = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        self.trainable = [*self.named_trainable.values()]
         if checkpoint:
             _checkpoint_layers(model, checkpoint)
 

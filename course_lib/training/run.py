@@ -44,7 +44,7 @@ from course_lib.training.fused import FusedEngine, why_not_fused
 from course_lib.training.launch import is_main_process
 from course_lib.training.loss import to_device
 from course_lib.training.offload import load_on_host
-from course_lib.training.optimizer import make_optimizer, make_schedule
+from course_lib.training.optimizer import make_optimizer, make_schedule, parameter_groups
 from course_lib.training.plain import PlainEngine
 from course_lib.training.shards import ShardedPlaces
 from course_lib.training.update import Update
@@ -174,19 +174,30 @@ class Run:
         return state["step"]
 
 
-def prepare_run(recipe: Recipe, work_dir: Path, *, deepspeed: str | None = None, shard: bool = False) -> Run:
+def prepare_run(
+    recipe: Recipe,
+    work_dir: Path,
+    *,
+    checkpoint: Path | None = None,
+    deepspeed: str | None = None,
+    shard: bool = False,
+) -> Run:
     """Load what the recipe names. Nothing is written.
 
     Args:
+        checkpoint: what will be restored; adapters that change the base's weights begin as they did there.
         deepspeed: name or file of settings of DeepSpeed's ZeRO (zero.py).
         shard: spread the frozen layers over the processes' GPUs (shards.py).
 
     Raises:
-        InputError: the recipe, its model or its data do not fit.
+        InputError: the recipe, its model or its data do not fit, or the checkpoint was made from another recipe.
+        CourseError: the checkpoint is damaged.
     """
     zero = zero_settings(deepspeed, recipe) if deepspeed else None
     device = join(alone=bool(zero or shard))
     _check_shares(recipe.training)
+    if checkpoint:
+        load_state(checkpoint, recipe=recipe.model_dump(mode="json"), mapped=True)
     set_seed(recipe.training.seed)
     settings = recipe.model
     with main_first():
@@ -210,7 +221,8 @@ def prepare_run(recipe: Recipe, work_dir: Path, *, deepspeed: str | None = None,
         )
     _keep_quantised_weights(model)
     if recipe.lora is not None:
-        model = add_lora(model, recipe.lora)
+        seed = recipe.training.seed
+        model = add_lora(model, recipe.lora, examples=dataset.train, seed=seed, checkpoint=checkpoint)
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one notebook may compute in another type
     accelerator = Accelerator(mixed_precision=_mixed_precision(model))
     plan = plan_steps(dataset.train, recipe.data, recipe.training)
@@ -225,7 +237,9 @@ def prepare_run(recipe: Recipe, work_dir: Path, *, deepspeed: str | None = None,
     same_everywhere(engine.trainable)
     engine.after_step()
     torch.manual_seed(recipe.training.seed + process_index())  # other dropout in every process
-    optimizer = make_optimizer(engine.trainable, recipe.training)
+    lr_ratio = recipe.lora.lr_ratio if recipe.lora else 1
+    groups = parameter_groups(engine.named_trainable, recipe.training, lr_ratio=lr_ratio)
+    optimizer = make_optimizer(groups, recipe.training)
     update: Update | ZeroUpdate
     if zero:
         assert isinstance(engine, PlainEngine)

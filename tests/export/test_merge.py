@@ -307,7 +307,6 @@ def write_json(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("setting", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"use_qalora": True}, "use_qalora"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"peft_type": "LOHA"}, "LOHA"),
