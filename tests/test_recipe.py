@@ -48,6 +48,15 @@ def test_overrides_reach_every_depth(write) -> None:
     )
 
 
+def test_variants_of_adapters_may_be_combined(write) -> None:
+    overrides = ["lora.dora=true", "lora.rslora=true", "lora.init=eva", "lora.lr_ratio=16", "model.dtype=nf4"]
+    lora = load_recipe(write(MINIMAL), overrides).lora
+    assert (lora.dora, lora.rslora, lora.init, lora.lr_ratio) == (True, True, "eva", 16)
+    checkpoints = ["lora.init=eva", "training.offload=[checkpoints]", "training.gradient_checkpointing=true"]
+    assert load_recipe(write(MINIMAL), checkpoints).lora.init == "eva"
+    assert load_recipe(write(MINIMAL), ["lora.init=pissa", "training.offload=[layers]"]).lora.init == "pissa"
+
+
 def test_lora_null_means_full_fine_tuning(write) -> None:
     assert load_recipe(write(MINIMAL), ["lora=null"]).lora is None
 
@@ -71,6 +80,22 @@ def test_lora_null_means_full_fine_tuning(write) -> None:
         ("", ["model=3"], "model = 3: is a section; set one of its keys: name, dtype, "),
         ("", ["lora=16"], "lora = 16: is a section; set one of its keys: r, alpha, "),
         ("", ["lora.targets=[]"], "name at least one linear layer"),
+        ("", ["lora.init=pisa"], r"lora\.init = 'pisa': input should be 'default', 'pissa', 'olora' or 'eva'"),
+        (
+            "",
+            ["lora.init=pissa", "model.dtype=nf4"],
+            r"lora\.init = pissa takes .* and nf4 weights cannot hold .* exactly",
+        ),
+        ("", ["lora.init=olora", "model.dtype=int8"], r"lora\.init = olora takes .*set lora\.init to eva or default"),
+        (
+            "",
+            ["lora.init=eva", "training.offload=[layers]"],
+            r"lora\.init = eva runs the whole base before .*\['layers'\]",
+        ),
+        ("", ["lora.dora=true", "training.offload=[head]"], r"training\.offload = \['head'\] needs the fused layers"),
+        ("", ["lora.lr_ratio=0"], r"lora\.lr_ratio = 0: input should be greater than 0"),
+        ("", ["lora.lr_ratio=1e9"], r"lora\.lr_ratio = 1000000000\.0: input should be less than or equal to 1000"),
+        ("", ["lora.rslora=maybe"], r"lora\.rslora = 'maybe': input should be a"),
         ("", ["lora.r=10000000000"], r"lora\.r = 10000000000: input should be less than or equal to 1000000000"),
         ("", ["data.max_rows=1e12"], r"data\.max_rows = 1000000000000.0: input should be less"),
         ("", ["data.max_length=1e12"], r"data\.max_length = 1000000000000.0: input should be less"),

@@ -19,6 +19,7 @@ from course_lib.models import load_model
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = torch.arange(3, 43).reshape(2, 20)
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
@@ -100,6 +101,12 @@ SAME = {
     "one layer only": ({}, {"layers_to_transform": [1]}),
     "fan_in_fan_out on linear layers": ({}, {"fan_in_fan_out": True}),
     "rank 1": ({}, {"r": 1}),
+    "dora": ({"tie_word_embeddings": True}, {"use_dora": True}),
+    "dora and rslora, biased": ({"attention_bias": True, "mlp_bias": True}, {"use_dora": True, "use_rslora": True}),
+    "dora on the embedding and the head": (
+        {},
+        {"use_dora": True, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    ),
 }
 
 
@@ -129,6 +136,24 @@ def test_adapter_on_nf4_merges_into_the_dequantised_weights(
         largest(expected, logits(base, adapter=adapter)) > 0.1
     )  # what merging into the unquantised weights would give
     assert largest(expected, logits(base, dtype="nf4", double_quant=double_quant)) > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_dora_on_a_quantised_base_gives_rows_of_the_quantised_weights_their_lengths(
+    dtype: str, variant: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = variant(attention_bias=True)
+    adapter = make_adapter(base, tmp_path / "adapter", record={"dtype": dtype}, use_dora=True, std=0.5)
+    merged = merge(base, adapter, tmp_path / "merged", dtype="float32")
+    expected = logits(base, dtype=dtype, adapter=adapter)
+    assert largest(expected, logits(base, dtype=dtype)) > 1
+    # a CPU computes int8 from its rounded weights alone; a GPU would round the inputs too
+    assert largest(expected, logits(merged)) < 1e-3
+    lengths = {name: tensor for name, tensor in tensors(adapter).items() if "magnitude" in name}
+    assert len(lengths) == 14
+    for name, magnitude in lengths.items():
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+        assert largest(tensors(merged)[f"{module}.weight"].norm(dim=1), magnitude.abs()) < 1e-4
 
 
 @pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
@@ -170,9 +195,10 @@ def test_adapter_on_int8_is_nearer_to_the_merged_model_than_its_own_effect(
     assert largest(expected, logits(base)) > 1
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_conv1d_and_missing_prefix(dtype: str, prefix: str, tiny: Path, tmp_path: Path) -> None:
+def test_conv1d_and_missing_prefix(dora: bool, dtype: str, prefix: str, tiny: Path, tmp_path: Path) -> None:
     """GPT-2 keeps its weights as (in, out); its checkpoint on the Hub names them without the model's own prefix."""
     from safetensors.torch import save_file
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -186,9 +212,8 @@ def test_conv1d_and_missing_prefix(dtype: str, prefix: str, tiny: Path, tmp_path
     named = {name.replace("transformer.", prefix): tensor for name, tensor in tensors(base).items()}
     save_file(named, base / "model.safetensors", metadata={"format": "pt"})
     targets = ["c_attn", "c_proj", "c_fc"]  # attn.c_proj is square: its shape does not tell the order
-    adapter = make_adapter(
-        base, tmp_path / "adapter", record={"dtype": dtype}, target_modules=targets, fan_in_fan_out=True
-    )
+    settings = {"target_modules": targets, "fan_in_fan_out": True, "use_dora": dora}
+    adapter = make_adapter(base, tmp_path / "adapter", record={"dtype": dtype}, **settings)
     merged = merge(base, adapter, tmp_path / "merged")
     expected = logits(base, dtype=dtype, adapter=adapter)
     assert largest(expected, logits(base)) > 0.5
@@ -363,6 +388,10 @@ def rewrite_adapter(adapter: Path, change: Callable[[dict[str, torch.Tensor]], d
         ),
         (lambda named: named | {"base_model.model.lm_head.weight": torch.ones(300, 64)}, r"\[300, 64\].*vocabulary"),
         (lambda named: named | {"base_model.model.model.extra": torch.ones(3)}, "model.extra"),
+        (
+            lambda named: named | {f"{Q_PROJ}.lora_magnitude_vector": torch.ones(64)},
+            "a DoRA magnitude and no such LoRA",
+        ),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused(
@@ -370,6 +399,27 @@ def test_adapters_that_do_not_fit_are_refused(
 ) -> None:
     base = variant()
     adapter = make_adapter(base, tmp_path / "adapter", record={"dtype": "float32"}, target_modules=["q_proj"])
+    rewrite_adapter(adapter, change)
+    with pytest.raises(InputError, match=named):
+        merge(base, adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda named: {name: each for name, each in named.items() if "magnitude" not in name}, "no DoRA magnitude"),
+        (lambda named: named | {f"{Q_PROJ}.lora_magnitude_vector": torch.ones(63)}, r"shape \[63, 64\]"),
+        (
+            lambda named: {name: each for name, each in named.items() if "lora_A" not in name},
+            "only one of the two|no such",
+        ),
+    ],
+)
+def test_dora_with_parts_missing_is_refused(
+    change: Callable[..., Any], named: str, variant: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = variant()
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], use_dora=True)
     rewrite_adapter(adapter, change)
     with pytest.raises(InputError, match=named):
         merge(base, adapter, tmp_path / "merged")

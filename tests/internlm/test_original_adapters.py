@@ -103,7 +103,10 @@ def by_hand(base: Path, adapter: Path) -> torch.Tensor:
             rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
             assert len(tensor) == rank
             change = (other @ tensor) * (alpha / (math.sqrt(rank) if lora["use_rslora"] else rank))
-            weights[f"{module}.weight"] = weights[f"{module}.weight"] + (change.T if "embedding" in key else change)
+            whole = weights[f"{module}.weight"] + (change.T if "embedding" in key else change)
+            if (magnitude := saved.get(f"base_model.model.{module}.lora_magnitude_vector")) is not None:
+                whole = (magnitude / whole.norm(dim=1)).unsqueeze(1) * whole
+            weights[f"{module}.weight"] = whole
         elif ".lora_" not in key:
             weights[key.removeprefix("base_model.model.")] = tensor
     return reference_logits(settings(base), weights, IDS)
@@ -118,6 +121,8 @@ CASES: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {"k_proj": 1, "0.self_attn.v_proj": 5}, "alpha_pattern": {"q_proj": 7, "up_proj": 2}},
     "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
     "a head and norms trained whole": {"modules_to_save": ["lm_head", "input_layernorm"]},
+    "dora": {"use_dora": True},
+    "dora and patterns": {"use_dora": True, "rank_pattern": {"k_proj": 1}, "alpha_pattern": {"q_proj": 7}},
 }
 
 
@@ -156,6 +161,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
     "rslora and patterns": {"use_rslora": True, "rank_pattern": {"wqkv": 5}, "alpha_pattern": {"1.attention.wqkv": 9}},
     "head and embedding": {"target_modules": ["wqkv", "output", "tok_embeddings"]},
     "a head trained whole": {"modules_to_save": ["output"]},
+    "dora": {"use_dora": True},
 }
 
 
@@ -219,8 +225,11 @@ def test_what_cannot_be_exported_is_told(
     adapter = llama_adapter(base, tmp_path / "adapter")
     with pytest.raises(InputError, match="does not fit"):
         export_original(adapter, tmp_path / "out", base=tiny)
-    with pytest.raises(InputError, match="only plain LoRA"):
-        export_original(llama_adapter(base, tmp_path / "dora", use_dora=True), tmp_path / "out", base=base)
+    with pytest.raises(InputError, match="only LoRA and DoRA have a form"):
+        export_original(llama_adapter(base, tmp_path / "bias", lora_bias=True), tmp_path / "out", base=base)
+    some = llama_adapter(base, tmp_path / "some", use_dora=True, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(InputError, match=r"is DoRA on .*q_proj and has none on .*k_proj: .*wqkv is one matrix"):
+        export_original(some, tmp_path / "out", base=base)
     plain = tmp_path / "plain"
     shutil.copytree(adapter, plain)
     state = load_file(plain / "adapter_model.safetensors")

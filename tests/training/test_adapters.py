@@ -85,6 +85,10 @@ def moved(model: PeftModel) -> PeftModel:
     return model
 
 
+def losses(work_dir: Path) -> list[float]:
+    return [event["loss"] for event in read_metrics(work_dir) if event["event"] == "StepDone"]
+
+
 def saved(model: PeftModel, folder: Path, base: Path) -> Path:
     folder.mkdir()
     save_weights(model, folder, base_folder=base, settings=ModelSettings(name="tiny", dtype="float32"))
@@ -227,11 +231,9 @@ def test_variants_on_quantised_bases(make: Any, tmp_path: Path, init: str) -> No
     for dtype in ("nf4", "int8"):
         work_dir = tmp_path / dtype
         adapter = train(make(model={"dtype": dtype}, lora=VARIANTS[init]), work_dir=work_dir)
-        events = read_metrics(work_dir)
-        losses = [event["loss"] for event in events if event["event"] == "StepDone"]
-        assert losses[-1] < losses[0]
+        assert losses(work_dir)[-1] < losses(work_dir)[0]
         assert json.loads((adapter / "course.json").read_text())["dtype"] == dtype
-        started = next(event for event in events if event["event"] == "RunStarted")
+        started = read_metrics(work_dir)[0]
         assert ("DoRA" if init == "dora" else {"nf4": "4096 weights", "int8": "int8"}[dtype]) in started["engine"]
 
 
@@ -317,14 +319,23 @@ def test_lora_plus_makes_b_learn_faster_and_the_log_tells_the_rate_of_a(make: An
     )
 
 
-def test_both_engines_learn_alike_with_lora_plus(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lora", [{"lr_ratio": 8, "rslora": True}, {"init": "pissa"}, {"init": "eva"}])
+def test_both_engines_learn_alike(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any]
+) -> None:
     results = []
-    for plain in (False, True):
-        if plain:
+    for engine in ("fused", "plain"):
+        if engine == "plain":
             monkeypatch.setattr("course_lib.training.run.why_not_fused", lambda _: "asked for by the test")
-        train(make(lora={"lr_ratio": 8, "rslora": True}, training={"lr": 5e-4}), work_dir=tmp_path / str(plain))
-        results.append([event["loss"] for event in read_metrics(tmp_path / str(plain)) if "grad_norm" in event])
+        train(make(lora=lora, training={"lr": 5e-4}), work_dir=tmp_path / engine)
+        results.append(losses(tmp_path / engine))
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_changed_weights_may_lie_in_host_memory(make: Any, tmp_path: Path) -> None:
+    for name, offload in {"resident": [], "offloaded": ["layers", "embedding", "head"]}.items():
+        train(make(lora={"init": "pissa"}, training={"offload": offload}), work_dir=tmp_path / name)
+    assert losses(tmp_path / "offloaded") == pytest.approx(losses(tmp_path / "resident"), rel=1e-5)
 
 
 def test_without_a_ratio_or_decay_there_is_one_group(make: Any, tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ CONFIGS = {
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "llama, all biased, one key-value head": LlamaConfig(
+        **{**SHAPE, "num_key_value_heads": 1}, attention_bias=True, mlp_bias=True
+    ),
+    "mistral, heads of another width": MistralConfig(**SHAPE, sliding_window=None, head_dim=24),
+    "qwen3, biased": Qwen3Config(**SHAPE, head_dim=16, attention_bias=True),
 }
 
 
