@@ -190,6 +190,21 @@ def test_a_file_of_zero_settings(make: Any, tmp_path: Path) -> None:
     assert zero_settings(str(file), make())["wall_clock_breakdown"]
 
 
+@pytest.mark.parametrize("lora", [{}, None])
+def test_a_group_of_one_leaves_nothing_behind(make: Any, tmp_path: Path, lora: dict | None) -> None:
+    """A run with --fsdp alone, or one that fails so: the next one, and what this process starts, are no part of its group."""
+    before = dict(os.environ)
+    if lora is None:
+        with pytest.raises(InputError, match="--fsdp needs the fused layers"):
+            train(make(lora=None), work_dir=tmp_path / "sharded", shard=True)
+    else:
+        train(make(), work_dir=tmp_path / "sharded", shard=True)
+    assert {name for name in os.environ if name not in before} <= {"ACCELERATE_MIXED_PRECISION"}
+    train(make(), work_dir=tmp_path / "plain")
+    if lora is not None:
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "sharded"), rel=1e-5)
+
+
 def test_more_gpus_than_there_are() -> None:
     import torch
 
