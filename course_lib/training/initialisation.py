@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from course_lib.data.collate import pad
 from course_lib.data.tokenize import Example
 from course_lib.errors import CourseError, InputError
+from course_lib.training.distributed import same_everywhere
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,7 @@ def start_from_weights(model: PeftModel, init: str) -> None:
         for matrix in (lora_a, lora_b):
             matrix.weight.data = matrix.weight.data.to(like.device, like.dtype).contiguous()
         base.weight.data = original
+        same_everywhere([lora_a.weight, lora_b.weight])  # a GPU may decompose otherwise than its neighbour
         _subtract(layer, lora_a.weight.data, lora_b.weight.data)
 
 
