@@ -17,6 +17,10 @@ from course_lib.errors import InputError
 data_app = typer.Typer(no_args_is_help=True, help="Look into data files; convert and split them.")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+FormOption = Annotated[str, typer.Option("--to", help="messages (JSON Lines) or xtuner (one JSON array)")]
+SystemOption = Annotated[
+    str, typer.Option("--system", help="system text of rows that have none, or the name of one, such as doctor")
+]
 FormatOption = Annotated[str, typer.Option("--format", help="the rows' format; auto tells by their keys")]
 
 
@@ -119,12 +123,13 @@ def convert(
     source: Path,
     target: Path,
     row_format: FormatOption = "auto",
-    to: Annotated[str, typer.Option(help="messages (JSON Lines) or xtuner (one JSON array)")] = "messages",
+    to: FormOption = "messages",
+    system: SystemOption = "",
 ) -> None:
     """Write every row that fits in another form."""
     from course_lib.data.write import convert_file
 
-    report = convert_file(source, target, row_format=row_format, to=to)
+    report = convert_file(source, target, row_format=row_format, to=to, system=system)
     print(report.summary(), file=sys.stderr)
     print(target)
 
@@ -136,15 +141,23 @@ def split(
     group_by: Annotated[
         str, typer.Option(help="rows that share it stay together: question, or a field's name")
     ] = "question",
+    repeats: Annotated[
+        str, typer.Option(help="a question with several answers: keep them all, or only the longest")
+    ] = "keep",
     seed: Annotated[int, typer.Option()] = 0,
     row_format: FormatOption = "auto",
+    to: FormOption = "messages",
+    system: SystemOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Write NAME-train.jsonl and NAME-test.jsonl beside the file; no question stands on both sides."""
-    from course_lib.data.write import split_file
+    """Write NAME-train and NAME-test beside the file; no question stands on both sides."""
+    from course_lib.data.split import split_file
 
-    done = split_file(source, test=test, group_by=group_by, seed=seed, row_format=row_format)
+    done = split_file(
+        source, test=test, group_by=group_by, repeats=repeats, seed=seed, row_format=row_format, to=to, system=system
+    )
     print(done.report.summary(), file=sys.stderr)
+    print(f"{done.groups} questions; {len(done.repeated)} rows repeat one", file=sys.stderr)
     if as_json:
         _print_json(
             {
@@ -153,6 +166,10 @@ def split(
                 "train_rows": done.train_rows,
                 "test_rows": done.test_rows,
                 "groups": done.groups,
+                "repeated_rows": done.repeated,
+                "rows": done.report.read,
+                "kept": done.report.kept,
+                "dropped_rows": done.report.dropped,
             }
         )
     else:
