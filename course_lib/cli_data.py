@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -174,6 +175,38 @@ def split(
         )
     else:
         print(f"{done.train}  {done.train_rows} rows\n{done.test}  {done.test_rows} rows")
+
+
+@data_app.command()
+def download(
+    name: Annotated[str | None, typer.Argument(help="a data set; without one, all are listed")] = None,
+    mirror: Annotated[str | None, typer.Option("--from", help="one mirror, to try no other")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a data set into the cache, resumed where it broke off, and print the path of its file."""
+    from course_lib.data.sources import download_source, find_source, sources
+
+    if name is None:
+        _print_sources([asdict(source) for source in sources().values()], as_json=as_json)
+        return
+    source = find_source(name)
+    print(f"{source.title}\norigin: {source.origin}\nlicence: {source.licence}", file=sys.stderr)
+    path = download_source(name, mirror=mirror, say=lambda line: print(line, file=sys.stderr))
+    if as_json:
+        _print_json({**asdict(source), "path": str(path)})
+    else:
+        print(path)
+
+
+def _print_sources(entries: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(entries)
+        return
+    table = Table("name", "MB", "mirrors", "licence", "what", box=None, pad_edge=False)
+    for entry in entries:
+        megabytes = f"{entry['size'] / 1e6:.1f}" if entry["size"] else "?"
+        table.add_row(entry["name"], megabytes, ", ".join(entry["mirrors"]), entry["licence"], entry["title"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _print_json(value: Any) -> None:
