@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from course_lib.data.check import language_of
 from course_lib.data.formats import iter_rows, read_rows, to_conversation
-from course_lib.data.sources import SAMPLE_FOLDER
+from course_lib.data.sources import SAMPLE_FOLDER, sample_rows
 from course_lib.data.split import normal_question, split_file
 
 SHEET = SAMPLE_FOLDER / "medication_qa_sample.xlsx"
 
 
-@pytest.mark.parametrize("name", ["medication_qa_sample.xlsx"])
+@pytest.mark.parametrize("name", ["medication_qa_sample.xlsx", "openassistant_sample.jsonl"])
 def test_a_builder_makes_the_committed_bytes(tmp_path: Path, name: str) -> None:
     builder = SAMPLE_FOLDER / f"build_{name.split('.')[0]}.py"
     subprocess.run([sys.executable, str(builder), str(tmp_path / name)], check=True, timeout=60)
@@ -61,3 +62,41 @@ def test_answers_come_out_clean() -> None:
         assert "\u00a0" not in row["Answer"]
         assert row["Answer"] == row["Answer"].strip()
     assert to_conversation(next(iter_rows(SHEET))[1])["messages"][0]["content"] == "what is ibuprofen used for"
+
+
+def asked(file_name: str) -> list[str]:
+    rows = [to_conversation(row)["messages"] for row in sample_rows(file_name)]
+    return [normal_question(message["content"]) for row in rows for message in row if message["role"] == "user"]
+
+
+def test_the_conversations_are_many_a_third_multi_turn_and_in_two_languages() -> None:
+    raw = sample_rows("openassistant_sample.jsonl")
+    rows = [to_conversation(row, row_format="guanaco")["messages"] for row in raw]
+    assert len(rows) == 202
+    assert sum(len(row) > 2 for row in rows) == 68
+    assert sum(language_of(row["text"]) in ("zh", "wuu") for row in raw) == 61
+    assert all(row["text"].startswith("### Human: ") for row in raw)
+    assert all(message["content"] == message["content"].strip() != "" for row in rows for message in row)
+
+
+def test_no_question_stands_twice_or_in_the_other_sample_or_among_the_unseen_ones() -> None:
+    questions = asked("openassistant_sample.jsonl")
+    assert len(set(questions)) == len(questions)
+    assert not set(questions) & set(asked("general_chat.json"))
+    unseen = (
+        "capital of france",
+        "boiling point",
+        "17 + 25",
+        "photosynthesis",
+        "largest planet",
+        "hamlet",
+        "primary colo",
+        "who are you",
+    )
+    assert not [question for question in questions if any(words in question for words in unseen)]
+
+
+def test_a_source_with_turns_out_of_order_is_refused() -> None:
+    run = "import build_openassistant_sample as b; b.guanaco_text('H: a\\nH: b\\n', 'x.txt')"
+    done = subprocess.run([sys.executable, "-c", run], cwd=SAMPLE_FOLDER, capture_output=True, text=True, timeout=60)
+    assert "x.txt: turns are HH" in done.stderr
