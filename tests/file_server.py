@@ -75,6 +75,7 @@ def servers() -> Iterator[Callable[..., tuple[str, list[str | None]]]]:
     def start(*answers: Answer) -> tuple[str, list[str | None]]:
         handler = type("Played", (Handler,), {"answers": list(answers), "seen": []})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.handle_error = lambda *_: None  # a client that hangs up on a lie is no news
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         running.append(server)
         return f"http://127.0.0.1:{server.server_port}/model.bin", handler.seen
