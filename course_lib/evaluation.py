@@ -217,6 +217,6 @@ def _score(row: Conversation, text: str, tokens: int, stopped: bool, accepted: S
         stopped=stopped,
         rouge_l=rouge_l(text, reference),
         chrf=chrf(text, reference),
-        exact=exact_match(text, reference),
+        exact=exact_match(text, reference) if accepted is None else None,
         right=contains_any(text, accepted) if accepted is not None else None,
     )
