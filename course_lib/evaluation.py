@@ -202,9 +202,11 @@ def _answers(
         )
         written |= zip(batch, ids, strict=True)
         progress("answers", len(written), len(rows))
-    stopped = [written[place][-1] in ends for place in range(len(rows))]
-    texts = tokenizer.batch_decode([written[place] for place in range(len(rows))], skip_special_tokens=True)
-    return [(text.strip(), len(written[n]) - stopped[n], stopped[n]) for n, text in enumerate(texts)]
+    answers = []
+    for _, ids in sorted(written.items()):
+        stopped = ids[-1] in ends
+        answers.append((tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) - stopped, stopped))
+    return answers
 
 
 def _score(row: Conversation, text: str, tokens: int, stopped: bool, accepted: Sequence[str] | None) -> Answer:
