@@ -45,19 +45,25 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, every row's results in it")] = False,
 ) -> None:
     """Loss, perplexity and answers on held-out rows and on general knowledge; with --adapter, before and after."""
+    from course_lib.adapter_record import check_adapter
     from course_lib.comparison import compare
     from course_lib.data.dataset import read_conversations
     from course_lib.evaluation import evaluate, evaluate_general_knowledge
+    from course_lib.models import model_folder
 
     if bits not in (None, 4, 8):
         raise InputError(f"--bits {bits}: choose 4 or 8")
     rows, report = read_conversations(_settings(data, row_format=row_format, max_rows=max_rows))
     print(report.summary(), file=sys.stderr)
-    sides = {"before": (model, None)} if adapter is not None else {}
+    sides: dict[str, tuple[str, Path | None]] = {"before": (model, None)} if adapter is not None else {}
     if compare_with is not None:
         is_adapter = (Path(compare_with) / "adapter_config.json").is_file()
         sides = {"before": (model, Path(compare_with)) if is_adapter else (compare_with, None)}
     sides["after"] = (model, adapter)
+    for base, with_adapter in sides.values():  # before the first is measured: what cannot be loaded is soon told
+        folder = model_folder(base)
+        if with_adapter is not None:
+            check_adapter(with_adapter, folder)
     held_out: dict[str, Evaluation] = {}
     general: dict[str, Evaluation] = {}
     chosen = template if template != "auto" or adapter is None else _template_of(adapter)
