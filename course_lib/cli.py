@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from course_lib.cli_data import data_app
+from course_lib.cli_evaluate import evaluate
 from course_lib.cli_plan import plan
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
@@ -219,6 +220,9 @@ def train(
     if is_main_process():
         save_figure(loss_figure(read_metrics(folder), title=folder.name), folder / "loss.png")
         print(output)
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,10 @@ from course_lib.errors import InputError
 data_app = typer.Typer(no_args_is_help=True, help="Look into data files; convert and split them.")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+FormOption = Annotated[str, typer.Option("--to", help="messages (JSON Lines) or xtuner (one JSON array)")]
+SystemOption = Annotated[
+    str, typer.Option("--system", help="system text of rows that have none, or the name of one, such as doctor")
+]
 FormatOption = Annotated[str, typer.Option("--format", help="the rows' format; auto tells by their keys")]
 
 
@@ -119,12 +124,13 @@ def convert(
     source: Path,
     target: Path,
     row_format: FormatOption = "auto",
-    to: Annotated[str, typer.Option(help="messages (JSON Lines) or xtuner (one JSON array)")] = "messages",
+    to: FormOption = "messages",
+    system: SystemOption = "",
 ) -> None:
     """Write every row that fits in another form."""
     from course_lib.data.write import convert_file
 
-    report = convert_file(source, target, row_format=row_format, to=to)
+    report = convert_file(source, target, row_format=row_format, to=to, system=system)
     print(report.summary(), file=sys.stderr)
     print(target)
 
@@ -136,15 +142,23 @@ def split(
     group_by: Annotated[
         str, typer.Option(help="rows that share it stay together: question, or a field's name")
     ] = "question",
+    repeats: Annotated[
+        str, typer.Option(help="a question with several answers: keep them all, or only the longest")
+    ] = "keep",
     seed: Annotated[int, typer.Option()] = 0,
     row_format: FormatOption = "auto",
+    to: FormOption = "messages",
+    system: SystemOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Write NAME-train.jsonl and NAME-test.jsonl beside the file; no question stands on both sides."""
-    from course_lib.data.write import split_file
+    """Write NAME-train and NAME-test beside the file; no question stands on both sides."""
+    from course_lib.data.split import split_file
 
-    done = split_file(source, test=test, group_by=group_by, seed=seed, row_format=row_format)
+    done = split_file(
+        source, test=test, group_by=group_by, repeats=repeats, seed=seed, row_format=row_format, to=to, system=system
+    )
     print(done.report.summary(), file=sys.stderr)
+    print(f"{done.groups} questions; {len(done.repeated)} rows repeat one", file=sys.stderr)
     if as_json:
         _print_json(
             {
@@ -153,10 +167,46 @@ def split(
                 "train_rows": done.train_rows,
                 "test_rows": done.test_rows,
                 "groups": done.groups,
+                "repeated_rows": done.repeated,
+                "rows": done.report.read,
+                "kept": done.report.kept,
+                "dropped_rows": done.report.dropped,
             }
         )
     else:
         print(f"{done.train}  {done.train_rows} rows\n{done.test}  {done.test_rows} rows")
+
+
+@data_app.command()
+def download(
+    name: Annotated[str | None, typer.Argument(help="a data set; without one, all are listed")] = None,
+    mirror: Annotated[str | None, typer.Option("--from", help="one mirror, to try no other")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a data set into the cache, resumed where it broke off, and print the path of its file."""
+    from course_lib.data.sources import download_source, find_source, sources
+
+    if name is None:
+        _print_sources([asdict(source) for source in sources().values()], as_json=as_json)
+        return
+    source = find_source(name)
+    print(f"{source.title}\norigin: {source.origin}\nlicence: {source.licence}", file=sys.stderr)
+    path = download_source(name, mirror=mirror, say=lambda line: print(line, file=sys.stderr))
+    if as_json:
+        _print_json({**asdict(source), "path": str(path)})
+    else:
+        print(path)
+
+
+def _print_sources(entries: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        _print_json(entries)
+        return
+    table = Table("name", "MB", "mirrors", "licence", "what", box=None, pad_edge=False)
+    for entry in entries:
+        megabytes = f"{entry['size'] / 1e6:.1f}" if entry["size"] else "?"
+        table.add_row(entry["name"], megabytes, ", ".join(entry["mirrors"]), entry["licence"], entry["title"])
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def _print_json(value: Any) -> None:

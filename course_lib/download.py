@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import httpx2
     from rich.progress import Progress
 
-ATTEMPTS = 5  # in a row without one new byte
+ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 0.5
 LONGEST_WAIT_SECONDS = 60.0
 CONNECT_SECONDS = 15.0
@@ -44,11 +44,13 @@ class _TryAgainError(Exception):
         self.wait = wait
 
 
-def download(url: str, path: str | Path, *, sha256: str | None = None, progress: bool = True) -> Path:
+def download(
+    url: str, path: str | Path, *, sha256: str | None = None, attempts: int = ATTEMPTS, progress: bool = True
+) -> Path:
     """Download `url` (http, https or file) to `path` and return `path`.
 
     A file at `path` that already has the given `sha256` is left alone; any other is replaced, and only when the new one is whole.
-    `sha256` is 64 hex digits. `progress` draws a bar on stderr when stderr is a terminal.
+    `sha256` is 64 hex digits. `attempts` is the number of failures in a row, without one new byte, that end it. `progress` draws a bar on stderr when stderr is a terminal.
 
     Raises:
         CourseError: the server refuses, breaks off too often, or serves a file with another hash; the disk is full.
@@ -65,13 +67,15 @@ def download(url: str, path: str | Path, *, sha256: str | None = None, progress:
     with _write_errors(path), _bar(path.name, progress) as bar:
         path.parent.mkdir(parents=True, exist_ok=True)
         resumed = (
-            _copy(url, part) if scheme == "file" else _download_part(url, part, bar, check_later=sha256 is not None)
+            _copy(url, part)
+            if scheme == "file"
+            else _download_part(url, part, bar, attempts, check_later=sha256 is not None)
         )
         actual = file_sha256(part) if sha256 else None
         if sha256 and resumed and actual != sha256.lower():
             # The old bytes may be of another file: one whole download before the server is blamed.
             _discard(part)
-            _download_part(url, part, bar, check_later=True)
+            _download_part(url, part, bar, attempts, check_later=True)
             actual = file_sha256(part)
         if sha256 and actual != sha256.lower():
             _discard(part)
@@ -90,7 +94,7 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download_part(url: str, part: Path, bar: Progress | None, *, check_later: bool) -> bool:
+def _download_part(url: str, part: Path, bar: Progress | None, attempts: int, *, check_later: bool) -> bool:
     """Fill `part` until whole; return whether bytes of an earlier call are in it."""
     import httpx2
 
@@ -117,10 +121,10 @@ def _download_part(url: str, part: Path, bar: Progress | None, *, check_later: b
                 raise CourseError(f"{url}: {error}; check the address") from error
             failures = 1 if _size(part) > furthest else failures + 1
             furthest = max(furthest, _size(part))
-            if failures >= ATTEMPTS:
+            if failures >= attempts:
                 kept = f"; {furthest / 1e6:.1f} MB are kept and the next call goes on from there" if furthest else ""
                 raise CourseError(
-                    f"{url}: gave up after {ATTEMPTS} attempts ({reason}){kept}; check the network or proxy and run again"
+                    f"{url}: gave up after {attempts} attempt{'s' if attempts > 1 else ''} ({reason}){kept}; check the network or proxy and run again"
                 )
             time.sleep(
                 min(wait if wait is not None else FIRST_WAIT_SECONDS * 2 ** (failures - 1), LONGEST_WAIT_SECONDS)

@@ -6,10 +6,12 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from course_runner import Course, Result
+from file_server import servers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REAL_DATA = Path(os.environ.get("COURSE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -88,3 +90,13 @@ def course(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
         return Result(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, list[str | None]]]]:
+    """Start a local file server that plays the given answers, and wait next to nothing between attempts."""
+    from course_lib import download
+
+    monkeypatch.setattr(download, "FIRST_WAIT_SECONDS", 0.001)
+    with servers() as start:
+        yield start

@@ -2,92 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from file_server import CONTENT, SHA256, broken, status, whole
 
 from course_lib import download as module
 from course_lib.download import download
 from course_lib.errors import CourseError, InputError
-
-CONTENT = bytes(range(256)) * 4000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-Answer = Callable[["Handler"], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Plays `answers` in turn, the last one for ever; `seen` keeps the Range header of each request."""
-
-    protocol_version = "HTTP/1.1"
-    answers: list[Answer]
-    seen: list[str | None]
-
-    def do_GET(self) -> None:
-        self.seen.append(self.headers.get("Range"))
-        (self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])(self)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def reply(self, status: int, body: bytes = b"", *, length: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        self.wfile.write(body)
-        if length is not None and length != len(body):
-            self.close_connection = True
-
-
-def whole(content: bytes = CONTENT, etag: str = '"one"') -> Answer:
-    """A correct server: Range and If-Range, 206, 200 and 416 as they should be."""
-
-    def answer(handler: Handler) -> None:
-        wanted = handler.headers.get("Range")
-        if wanted and handler.headers.get("If-Range", etag) == etag:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                handler.reply(416, Content_Range=f"bytes */{len(content)}")
-            else:
-                span = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                handler.reply(206, content[start:], ETag=etag, Content_Range=span)
-        else:
-            handler.reply(200, content, ETag=etag)
-
-    return answer
-
-
-def broken(at: int, etag: str = '"one"') -> Answer:
-    return lambda handler: handler.reply(200, CONTENT[:at], length=len(CONTENT), ETag=etag)
-
-
-def status(code: int, **headers: str) -> Answer:
-    return lambda handler: handler.reply(code, b"no", **headers)
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[str, list[str | None]]]]:
-    """Start a server that plays the given answers; return its URL and the Range headers it will have seen."""
-    monkeypatch.setattr(module, "FIRST_WAIT_SECONDS", 0.001)
-    servers = []
-
-    def start(*answers: Answer) -> tuple[str, list[str | None]]:
-        handler = type("Played", (Handler,), {"answers": list(answers), "seen": []})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}/model.bin", handler.seen
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def only(folder: Path) -> list[str]:
@@ -111,11 +33,10 @@ def test_goes_on_after_a_broken_connection(serve, tmp_path: Path) -> None:
     assert seen == [None, "bytes=1000-"]
 
 
-def test_a_later_call_resumes(serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ATTEMPTS", 2)
+def test_a_later_call_resumes(serve, tmp_path: Path) -> None:
     url, seen = serve(broken(5000), status(500), status(500), whole())
     with pytest.raises(CourseError, match=r"gave up after 2 attempts \(HTTP 500\).*kept and the next call goes on"):
-        download(url, tmp_path / "m")
+        download(url, tmp_path / "m", attempts=2)
     assert (tmp_path / "m.part").stat().st_size == 5000
     assert not (tmp_path / "m").exists()
     download(url, tmp_path / "m")

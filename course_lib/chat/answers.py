@@ -51,13 +51,25 @@ def answer_ids(
         For each question the ids that were written, up to and with the one that ended the answer. An answer whose last id is
         not in `stop` was cut at `max_new_tokens`.
     """
-    import torch
-
     ends = stop_ids(model, template, tokenizer) if stop is None else sorted(set(stop))
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     prompts = [
         encode_prompt([*opening, {"role": "user", "content": question}], template, tokenizer) for question in questions
     ]
+    return continue_prompts(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens)
+
+
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ends: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Greedy continuations of tokenised prompts, in one left-padded batch; each up to and with the first id that is in `ends`."""
+    import torch
+
     longest = max(map(len, prompts))
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = torch.full((len(prompts), longest), pad_token_id)

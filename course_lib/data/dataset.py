@@ -117,6 +117,26 @@ def load_conversations(settings: DataSettings, *, report: DataReport) -> tuple[d
     return table, key
 
 
+def read_conversations(settings: DataSettings) -> tuple[list[Conversation], DataReport]:
+    """The rows to measure a model on: those that `load_dataset` holds out, or all where `held_out` is 0; and the account of all.
+
+    Raises:
+        InputError: no row is there; else as `load_conversations`.
+    """
+    report = DataReport()
+    table, _ = load_conversations(settings, report=report)
+    wanted = {*_held_out_rows(table, settings)}
+    rows = [
+        json.loads(conversation)
+        for number, conversation in _values(table, "row", "conversation")
+        if conversation and (not settings.held_out or number in wanted)
+    ]
+    if not rows:
+        raise InputError(f"{settings.path or 'the identity data'}: no row fits: {report.summary()}")
+    report.kept = len(rows)
+    return rows, report
+
+
 def fit(example: Example, *, max_length: int, over_long: OverLong) -> list[Example]:
     """The example in parts of at most `max_length` tokens, those with nothing to train left out.
 

@@ -1,18 +1,17 @@
-"""Writing conversations: another form of the same file, and a split into training and test rows."""
+"""Writing conversations: another form of the same file. `split.py` writes two parts of one."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from course_lib.data.conversation import Conversation, RowError
 from course_lib.data.formats import check_format_name, converted_rows, iter_rows
 from course_lib.data.report import DataReport
+from course_lib.data.system_prompts import system_prompt
 from course_lib.errors import InputError, did_you_mean
 from course_lib.files import atomic_file, file_to_write
 
@@ -20,23 +19,43 @@ OUTPUT_FORMS = ("messages", "xtuner")
 
 
 def convert_file(
-    source: str | Path, target: str | Path, *, row_format: str = "auto", to: str = "messages"
+    source: str | Path, target: str | Path, *, row_format: str = "auto", to: str = "messages", system: str = ""
 ) -> DataReport:
     """Write every row that fits as JSON Lines of `messages`, or as XTuner's `conversation` in one JSON array.
 
+    `system` is the system text of rows that have none of their own, or the name of one in `system_prompts.yaml`.
+
     Raises:
-        InputError: the source cannot be read, the target exists, or no row fits.
+        InputError: the source cannot be read, the target exists, no row fits, or `system` is a word that names no text.
     """
-    if to not in OUTPUT_FORMS:
-        raise InputError(f"form {to!r} is unknown: choose {' or '.join(OUTPUT_FORMS)}{did_you_mean(to, OUTPUT_FORMS)}")
+    check_form(to)
     target = file_to_write(target, overwrite=False)
     report = DataReport()
-    rows = (row for _, row in _rows_in_form(source, row_format, report, to))
-    _write_rows(target, rows, as_array=to == "xtuner")
+    rows = (row for *_, row in rows_in_form(source, row_format, report, to, system_text(system)))
+    write_rows(target, rows, as_array=to == "xtuner")
     if not report.kept:
         target.unlink()
         raise InputError(f"{source}: no row fits: {report.summary()}")
     return report
+
+
+def check_form(to: str) -> None:
+    """Check the name of an output form.
+
+    Raises:
+        InputError: it is none of `OUTPUT_FORMS`.
+    """
+    if to not in OUTPUT_FORMS:
+        raise InputError(f"form {to!r} is unknown: choose {' or '.join(OUTPUT_FORMS)}{did_you_mean(to, OUTPUT_FORMS)}")
+
+
+def system_text(system: str) -> str:
+    """A system text as it is given: one small ASCII word is the name of a text, anything else is the text itself.
+
+    Raises:
+        InputError: a word that names no text of `system_prompts.yaml`.
+    """
+    return system_prompt(system) if re.fullmatch(r"[a-z_]+", system) else system
 
 
 def to_xtuner(row: Conversation) -> dict[str, Any]:
@@ -61,89 +80,10 @@ def to_xtuner(row: Conversation) -> dict[str, Any]:
     return {"conversation": pairs}
 
 
-@dataclass(frozen=True)
-class Split:
-    """Where the two parts stand and how many rows each has; `groups` counts what was kept together."""
-
-    train: Path
-    test: Path
-    train_rows: int
-    test_rows: int
-    groups: int
-    report: DataReport
-
-
-def split_file(
-    source: str | Path, *, test: float = 0.3, group_by: str = "question", seed: int = 0, row_format: str = "auto"
-) -> Split:
-    """Write `NAME-train.jsonl` and `NAME-test.jsonl` beside the source, in the `messages` form.
-
-    Args:
-        test: share of rows in the test part. Groups stay whole, so the share is met as nearly as the groups allow.
-        group_by: rows that share it stand on one side. `question` is the first user turn, in lower case, without
-            punctuation at its end and with single spaces; any other name is a field of the row as it stands in the file.
-        seed: fixes the choice, the same on every machine.
-
-    Raises:
-        InputError: a share that is not between 0 and 1, a field no row has, fewer than two groups, or a part that exists.
-    """
-    if not 0 < test < 1:
-        raise InputError(f"test share is {test}: give a number between 0 and 1, such as 0.3")
-    source = Path(source)
-    stem = source.name.split(".")[0]
-    paths = {
-        side: file_to_write(source.with_name(f"{stem}-{side}.jsonl"), overwrite=False) for side in ("train", "test")
-    }
-    report = DataReport()
-    key_of = _question_key if group_by == "question" else _field_key(group_by)
-    groups: dict[str, list[Conversation]] = defaultdict(list)
-    for raw, row in _rows_in_form(source, row_format, report):
-        groups[key_of(raw, row)].append(row)
-    if len(groups) < 2:
-        raise InputError(
-            f"{source}: {len(groups)} group of rows by {group_by!r}, so there is nothing to split: {report.summary()}"
-        )
-    names = sorted(groups)
-    random.Random(seed).shuffle(names)
-    wanted = round(test * report.kept)
-    parts: dict[str, list[Conversation]] = {"train": [], "test": []}
-    for name in names:  # a group goes to the test part while that brings its size nearer to what is wanted
-        size = len(groups[name])
-        nearer = abs(len(parts["test"]) + size - wanted) < abs(len(parts["test"]) - wanted)
-        parts["test" if nearer or not parts["test"] else "train"].extend(groups[name])
-    if not parts["train"]:
-        raise InputError(f"{source}: a test share of {test} leaves no group for training")
-    for side, rows in parts.items():
-        _write_rows(paths[side], rows, as_array=False)
-    return Split(paths["train"], paths["test"], len(parts["train"]), len(parts["test"]), len(groups), report)
-
-
-def normal_question(text: str) -> str:
-    """A question as it is compared: lower case, single spaces, no punctuation at its end."""
-    return " ".join(text.casefold().split()).rstrip("?!.。？！ ")
-
-
-def _question_key(raw: Any, row: Conversation) -> str:
-    asked = (message["content"] for message in row.get("messages", []) if message["role"] == "user")
-    return normal_question(next(asked, row.get("text", "")))
-
-
-def _field_key(name: str) -> Callable[[Any, Conversation], str]:
-    def key(raw: Any, row: Conversation) -> str:
-        if name not in raw:
-            raise InputError(
-                f"group-by {name!r}: a row has no such field (it has {', '.join(map(str, raw))}){did_you_mean(name, map(str, raw))}"
-            )
-        value = raw[name]
-        return normal_question(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-    return key
-
-
-def _rows_in_form(
-    source: str | Path, row_format: str, report: DataReport, to: str = "messages"
-) -> Iterator[tuple[Any, Any]]:
-    """(row as it stands in the file, row in the form) of every row that fits; the others are counted in the report."""
+def rows_in_form(
+    source: str | Path, row_format: str, report: DataReport, to: str = "messages", system: str = ""
+) -> Iterator[tuple[int, Any, Conversation, Any]]:
+    """(number, row of the file, conversation, row in the form) of every row that fits; the others are counted in the report."""
     check_format_name(row_format)
     rows = iter_rows(source, note=report.note)
     for number, raw, outcome, notes in converted_rows(rows, row_format=row_format):
@@ -151,17 +91,27 @@ def _rows_in_form(
         try:
             if isinstance(outcome, RowError):
                 raise outcome
-            row = outcome if to == "messages" else to_xtuner(outcome)
+            conversation = with_system(outcome, system)
+            row = conversation if to == "messages" else to_xtuner(conversation)
         except RowError as reason:
             report.drop(number, str(reason))
             continue
         for note in notes:
             report.note(number, note)
         report.kept += 1
-        yield raw, row
+        yield number, raw, conversation, row
 
 
-def _write_rows(path: Path, rows: Iterable[Any], *, as_array: bool) -> None:
+def with_system(row: Conversation, system: str) -> Conversation:
+    """The conversation with `system` before it; as it is where that is blank, or where it has a system text or is plain text."""
+    messages = row.get("messages")
+    if not system.strip() or not messages or messages[0]["role"] == "system":
+        return row
+    return {**row, "messages": [{"role": "system", "content": system}, *messages]}
+
+
+def write_rows(path: Path, rows: Iterable[Any], *, as_array: bool) -> None:
+    """Write rows to `path`, whole or not at all: JSON Lines, or one JSON array with a row a line."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         if as_array:
             file.write("[")

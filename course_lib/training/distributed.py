@@ -22,6 +22,7 @@ from course_lib.files import atomic_folder
 from course_lib.training.launch import is_main_process, is_started
 
 TIMEOUT = timedelta(hours=2)  # one process may save, or fetch a model, while the others wait
+ALONE = "COURSE_GROUP_OF_ONE"  # in the environment: the other variables are ours
 BUCKET = 2**26  # elements: gradients are summed in pieces of this size, not tensor by tensor
 
 Value = TypeVar("Value")
@@ -40,6 +41,7 @@ def join(*, alone: bool = False) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if alone and not is_started():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT=_free_port())
+        os.environ[ALONE] = "1"
     if not is_started() or (os.environ["WORLD_SIZE"] == "1" and not alone):
         return torch.device("cuda" if has_gpu else "cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -57,6 +59,19 @@ def leave() -> None:
     if dist.is_initialized():
         sum_over_processes([0])
         dist.destroy_process_group()
+
+
+def leave_alone() -> None:
+    """Undo what `join` did for a process that nothing had started as one of several, however its run ended.
+
+    Later runs of this process, and programs it starts, must not take themselves for one of a group.
+    """
+    if os.environ.pop(ALONE, None) is None:
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
 
 
 def process_count() -> int:

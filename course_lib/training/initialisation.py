@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from course_lib.data.collate import pad
 from course_lib.data.tokenize import Example
 from course_lib.errors import CourseError, InputError
+from course_lib.training.distributed import same_everywhere
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 # of the randomised SVD: at 16 passes the paper finds an error of 1e-7, in seconds where the exact one takes minutes
 PISSA = "pissa_niter_16"
 EVA_EXAMPLES, EVA_POSITIONS = 256, 2**14  # the most that EVA looks at, padding included
-EVA_TOKENS = 1024  # trained tokens that are enough
-EVA_PASSES = 12  # usually three are enough
+EVA_TOKENS, EVA_TOKENS_A_RANK = 512, 16  # trained tokens that are enough
+EVA_PASSES = 12  # three are the least
+EVA_TAU = 0.9  # cosine of a direction found in two passes over the same tokens: they differ by rounding alone
 
 
 def start_from_weights(model: PeftModel, init: str) -> None:
@@ -52,6 +54,7 @@ def start_from_weights(model: PeftModel, init: str) -> None:
         for matrix in (lora_a, lora_b):
             matrix.weight.data = matrix.weight.data.to(like.device, like.dtype).contiguous()
         base.weight.data = original
+        same_everywhere([lora_a.weight, lora_b.weight])  # a GPU may decompose otherwise than its neighbour
         _subtract(layer, lora_a.weight.data, lora_b.weight.data)
 
 
@@ -116,7 +119,7 @@ def start_from_activations(model: PeftModel, examples: Sequence[Example], *, see
     for name, layer in _adapted(model):
         _check_rank(name, layer, "eva")
     rank = model.peft_config["default"].r
-    chosen = _some(examples, tokens=max(EVA_TOKENS, 4 * rank), seed=seed)
+    chosen = _some(examples, tokens=max(EVA_TOKENS, EVA_TOKENS_A_RANK * rank), seed=seed)
     tokens, passes = sum(example.trained_tokens for example in chosen), 0
     advice = "lower lora.r, give more rows, or leave lora.init at default"
     if tokens < rank:
@@ -137,7 +140,7 @@ def start_from_activations(model: PeftModel, examples: Sequence[Example], *, see
     starts = get_eva_state_dict(
         model,
         _OneBatch(chosen),
-        peft_config=LoraConfig(r=rank, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)),
+        peft_config=LoraConfig(r=rank, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0, tau=EVA_TAU)),
         forward_fn=forward,
         gather_distributed_inputs=False,  # every process sees the same examples
         show_progress_bar=False,

@@ -29,6 +29,7 @@ from course_lib.training.distributed import (
     from_main,
     join,
     leave,
+    leave_alone,
     process_count,
     process_index,
     shared_folder,
@@ -82,26 +83,29 @@ def train(
     """
     work_dir = Path(work_dir)
     earlier = {"resume": resume, "overwrite": overwrite}
-    join(alone=bool(deepspeed or shard))
-    # a wrong folder is told before the model is loaded
-    checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
-    with memory_errors(recipe, shard=shard, foretold=deepspeed is None):
-        run = prepare_run(recipe, work_dir, checkpoint=checkpoint, deepspeed=deepspeed, shard=shard)
-        with lock(work_dir) if is_main_process() else nullcontext(), interrupts_told(work_dir, resume_hint):
-            checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
-            first_step = run.restore(checkpoint) if checkpoint else 0
-            if not is_main_process():
-                output = _run(run, first_step, resume_hint)
-            else:
-                if overwrite and not checkpoint:
-                    remove_checkpoints(work_dir)
-                recipe.save(work_dir / "recipe.yaml")
-                kept_events = events_until(work_dir, first_step) if first_step else []
-                with MetricsFile(work_dir / METRICS_FILE, kept_events) as metrics:
-                    run.listeners = [metrics, *listeners]
-                    output = _run(run, first_step, resume_hint, profile=profile)
-        leave()
-        return output
+    try:
+        join(alone=bool(deepspeed or shard))
+        # a wrong folder is told before the model is loaded
+        checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
+        with memory_errors(recipe, shard=shard, foretold=deepspeed is None):
+            run = prepare_run(recipe, work_dir, checkpoint=checkpoint, deepspeed=deepspeed, shard=shard)
+            with lock(work_dir) if is_main_process() else nullcontext(), interrupts_told(work_dir, resume_hint):
+                checkpoint = from_main(lambda: checkpoint_to_resume(work_dir, **earlier))
+                first_step = run.restore(checkpoint) if checkpoint else 0
+                if not is_main_process():
+                    output = _run(run, first_step, resume_hint)
+                else:
+                    if overwrite and not checkpoint:
+                        remove_checkpoints(work_dir)
+                    recipe.save(work_dir / "recipe.yaml")
+                    kept_events = events_until(work_dir, first_step) if first_step else []
+                    with MetricsFile(work_dir / METRICS_FILE, kept_events) as metrics:
+                        run.listeners = [metrics, *listeners]
+                        output = _run(run, first_step, resume_hint, profile=profile)
+            leave()
+            return output
+    finally:
+        leave_alone()
 
 
 def _run(run: Run, first_step: int, resume_hint: str, *, profile: bool = False) -> Path:

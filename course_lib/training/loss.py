@@ -43,17 +43,52 @@ def evaluated_loss(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tenso
 
     For 8 rows of 2,048 tokens and a vocabulary of 150,000, the logits alone would take 25 GB on the way to the loss.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
-    if base.config.model_type not in FAMILIES or not (type(head) is nn.Linear or hasattr(head, "slices")):
+    head = _one_product(model)
+    if head is None:
         return supervised_loss(model, batch)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     targets = batch["labels"][:, 1:]
     trained = targets != IGNORE_INDEX
-    hidden = base.model(**inputs, use_cache=False).last_hidden_state[:, :-1][trained]  # (trained tokens, width)
+    return _head_loss(_hidden(model, batch)[trained], head, targets[trained])
+
+
+@torch.no_grad()
+def evaluated_row_losses(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """`evaluated_loss` of each row of a batch by itself: float32, shape (rows,)."""
+    head = _one_product(model)
+    if head is None:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        positions, targets = trained_positions(batch)
+        logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits.float()
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE_INDEX, reduction="none")
+        return losses.sum(1)
+    rows = zip(_hidden(model, batch), batch["labels"][:, 1:], strict=True)
+    return torch.stack(
+        [_head_loss(hidden[of_row != IGNORE_INDEX], head, of_row[of_row != IGNORE_INDEX]) for hidden, of_row in rows]
+    )
+
+
+def _one_product(model: PreTrainedModel) -> Any:
+    """The head, where logits are what it makes of the last layer's output, and nothing comes behind it; else None."""
+    base = _base(model)
+    head = base.get_output_embeddings()
+    is_one = base.config.model_type in FAMILIES and (type(head) is nn.Linear or hasattr(head, "slices"))
+    return head if is_one else None
+
+
+def _base(model: PreTrainedModel) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _hidden(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """What the head reads to predict every token but the first: shape (rows, tokens - 1, width)."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return _base(model).model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+
+
+def _head_loss(hidden: torch.Tensor, head: Any, targets: torch.Tensor) -> torch.Tensor:
     if hasattr(head, "slices"):
-        return streamed_loss(hidden, head, targets[trained], gradient=False)[0]
-    return chunked_loss(hidden, head.weight, targets[trained], gradient=False)[0]
+        return streamed_loss(hidden, head, targets, gradient=False)[0]
+    return chunked_loss(hidden, head.weight, targets, gradient=False)[0]
 
 
 def trained_positions(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -196,6 +196,8 @@ def prepare_run(
     zero = zero_settings(deepspeed, recipe) if deepspeed else None
     device = join(alone=bool(zero or shard))
     _check_shares(recipe.training)
+    if shard and recipe.lora and recipe.lora.init == "eva":
+        raise InputError("lora.init = eva runs the whole base, which --fsdp spreads out; set lora.init to default")
     if checkpoint:
         load_state(checkpoint, recipe=recipe.model_dump(mode="json"), mapped=True)
     set_seed(recipe.training.seed)

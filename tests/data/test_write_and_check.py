@@ -8,7 +8,7 @@ import pytest
 from course_lib.data.check import language_of, length_histogram
 from course_lib.data.conversation import RowError
 from course_lib.data.near_duplicates import NearDuplicates
-from course_lib.data.write import normal_question, split_file, to_xtuner
+from course_lib.data.write import convert_file, to_xtuner, with_system
 from course_lib.errors import InputError
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -35,30 +35,23 @@ def test_what_the_xtuner_form_has_no_place_for_is_refused(row: dict) -> None:
         to_xtuner(row)
 
 
-def test_a_question_is_compared_without_case_spaces_and_final_marks() -> None:
-    assert normal_question("What  IS\nthis? ") == normal_question("what is this") == normal_question("What is this？")
-    assert normal_question("what is that") != normal_question("what is this")
+def test_a_system_text_goes_before_rows_that_have_none() -> None:
+    bare, own = {"messages": [USER, ANSWER]}, {"messages": [{"role": "system", "content": "own"}, USER, ANSWER]}
+    assert with_system(bare, "S")["messages"] == [{"role": "system", "content": "S"}, USER, ANSWER]
+    assert with_system(own, "S") is own
+    assert with_system(bare, " ") is bare
+    assert with_system({"text": "plain"}, "S") == {"text": "plain"}
 
 
-def test_a_split_of_one_group_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "one.json"
-    path.write_text(json.dumps([{"instruction": "q", "output": str(number)} for number in range(4)]))
-    with pytest.raises(InputError, match="nothing to split"):
-        split_file(path)
-
-
-@pytest.mark.realdata
-def test_the_medication_sheet_splits_without_a_leak(real_data: Path, tmp_path: Path) -> None:
-    sheet = tmp_path / "medqa.xlsx"
-    sheet.write_bytes((real_data / "MedInfo2019-QA-Medications.xlsx").read_bytes())
-    split = split_file(sheet, test=0.3, seed=0)
-    assert split.train_rows + split.test_rows == 677
-    assert split.test_rows == pytest.approx(0.3 * 677, abs=3)
-    sides = [
-        {normal_question(json.loads(line)["messages"][0]["content"]) for line in part.open()}
-        for part in (split.train, split.test)
-    ]
-    assert not sides[0] & sides[1]
+def test_a_system_text_is_given_by_name_or_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [USER, ANSWER]}))
+    convert_file(tmp_path / "in.jsonl", tmp_path / "named.json", to="xtuner", system="doctor")
+    turn = json.loads((tmp_path / "named.json").read_text())[0]["conversation"][0]
+    assert turn["system"].startswith("You are a doctor who advises on medicines.")
+    convert_file(tmp_path / "in.jsonl", tmp_path / "text.jsonl", system="You are a cook.")
+    assert json.loads((tmp_path / "text.jsonl").read_text())["messages"][0]["content"] == "You are a cook."
+    with pytest.raises(InputError, match="'doktor' is unknown.*did you mean doctor"):
+        convert_file(tmp_path / "in.jsonl", tmp_path / "typo.jsonl", system="doktor")
 
 
 def test_near_duplicates_are_told_from_different_rows() -> None:

@@ -51,7 +51,7 @@ def adapted(folder: Path, variant: str = "", *, seed: int = 0, **settings: Any) 
     return add_lora(model, lora, examples=examples(), seed=seed)
 
 
-def examples(count: int = 40, *, vocabulary: int = 250, trained: int = 20) -> list[Example]:
+def examples(count: int = 20, *, vocabulary: int = 250, trained: int = 20) -> list[Example]:
     torch.manual_seed(3)
     rows = torch.randint(vocabulary, (count, 30)).tolist()
     return [Example(row, [-100] * (30 - trained) + row[30 - trained :]) for row in rows]
@@ -127,7 +127,7 @@ def test_eva_wants_trained_tokens_enough_and_different_enough(tiny: Path, monkey
         add_lora(model, settings)
     model, _ = load_model(tiny, dtype="float32")
     monkeypatch.setattr(initialisation, "EVA_PASSES", 2)  # as if no pass found what the one before did
-    with pytest.raises(InputError, match=r"finds no lora\.r = 8 directions in the 800 trained tokens of 40 rows"):
+    with pytest.raises(InputError, match=r"finds no lora\.r = 8 directions in the 400 trained tokens of 20 rows"):
         add_lora(model, settings, examples=examples())
 
 
@@ -219,11 +219,9 @@ def test_eva_looks_at_a_bounded_number_of_examples_chosen_by_the_seed(
     assert len(chosen(0)) == 10
     monkeypatch.setattr(initialisation, "EVA_POSITIONS", 100)
     assert len(chosen(0)) == 3
-    one, two, other = (adapted(tiny, "eva", seed=seed).state_dict() for seed in (0, 0, 1))
-    name = next(name for name in one if "lora_A" in name)
-    assert torch.equal(one[name], two[name])
     monkeypatch.undo()
-    assert other[name].shape == one[name].shape
+    one, two = (adapted(tiny, "eva", seed=5).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("init", ["dora", "eva"])

@@ -98,6 +98,27 @@ def test_a_run_of_two_goes_on_with_one_and_back(recipe: Recipe, tmp_path: Path) 
         assert adapter_difference(tmp_path / "one", tmp_path / "two") < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("lora", "more"),
+    [({"init": "pissa", "lr_ratio": 4}, []), ({"init": "pissa", "dora": True}, []), ({"init": "olora"}, ["--fsdp"])],
+)
+def test_changed_weights_are_the_same_in_both(make: Any, tmp_path: Path, lora: dict[str, Any], more: list[str]) -> None:
+    sections = {"accumulation": 2, "batch_size": 1, "max_steps": 4, "checkpoint_every": 2}
+    recipe = make(lora=lora, training={**sections, "keep_checkpoints": 9})
+    train(recipe, work_dir=tmp_path / "one")
+    assert course_train(recipe, tmp_path / "two", *more).returncode == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-000004")
+    assert course_train(recipe, tmp_path / "two", "--resume", *more).returncode == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_eva_is_not_for_layers_in_shards(make: Any, tmp_path: Path) -> None:
+    ended = course_train(make(lora={"init": "eva"}, training={"accumulation": 2}), tmp_path / "run", "--fsdp")
+    assert ended.returncode == 2
+    assert "lora.init = eva runs the whole base, which --fsdp spreads out; set lora.init to default" in ended.stderr
+
+
 def test_all_weights_train_in_two_processes(make: Any, tmp_path: Path) -> None:
     recipe = make(lora=None, training={"accumulation": 2, "max_steps": 3, "optimizer": "adamw"})
     train(recipe, work_dir=tmp_path / "one")
@@ -188,6 +209,21 @@ def test_a_file_of_zero_settings(make: Any, tmp_path: Path) -> None:
         zero_settings(str(file), make())
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}))
     assert zero_settings(str(file), make())["wall_clock_breakdown"]
+
+
+@pytest.mark.parametrize("lora", [{}, None])
+def test_a_group_of_one_leaves_nothing_behind(make: Any, tmp_path: Path, lora: dict | None) -> None:
+    """A run with --fsdp alone, or one that fails so: the next one, and what this process starts, are no part of its group."""
+    before = dict(os.environ)
+    if lora is None:
+        with pytest.raises(InputError, match="--fsdp needs the fused layers"):
+            train(make(lora=None), work_dir=tmp_path / "sharded", shard=True)
+    else:
+        train(make(), work_dir=tmp_path / "sharded", shard=True)
+    assert {name for name in os.environ if name not in before} <= {"ACCELERATE_MIXED_PRECISION"}
+    train(make(), work_dir=tmp_path / "plain")
+    if lora is not None:
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "sharded"), rel=1e-5)
 
 
 def test_more_gpus_than_there_are() -> None:

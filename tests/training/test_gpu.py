@@ -24,8 +24,8 @@ from course_lib.training.memory_prediction import predict_memory
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
 
-def losses(work_dir: Path) -> list[float]:
-    return [event["loss"] for event in read_metrics(work_dir) if event["event"] == "StepDone"]
+def losses(work_dir: Path, event: str = "StepDone") -> list[float]:
+    return [found["loss"] for found in read_metrics(work_dir) if found["event"] == event]
 
 
 def test_float32_follows_the_cpu(make: Any, tmp_path: Path) -> None:
@@ -203,6 +203,36 @@ def test_a_7b_trains_under_caps(tmp_path: Path) -> None:
         assert run["tokens_a_step"] == run["length"]
         assert run["losses"][-1] < run["losses"][0]
         assert run["smallest_grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora"),
+    [
+        ("nf4", {"rslora": True, "lr_ratio": 4}),
+        ("nf4", {"dora": True}),
+        ("int8", {"dora": True}),
+        ("nf4", {"init": "eva"}),
+        ("int8", {"init": "eva"}),
+        ("bfloat16", {"init": "pissa"}),
+        ("bfloat16", {"init": "pissa", "dora": True, "dtype": "bfloat16"}),
+        ("float32", {"init": "olora"}),
+    ],
+)
+def test_variants_of_adapters_train_and_resume(make: Any, tmp_path: Path, dtype: str, lora: dict[str, Any]) -> None:
+    """What is saved has, on the unchanged base, the loss that was told; a resumed run ends with the same one."""
+    from course_lib.evaluation import held_out_loss
+    from course_lib.training.run import prepare_run
+
+    recipe = make(model={"dtype": dtype}, lora=lora, data={"held_out": 2}, training={"checkpoint_every": 4})
+    adapter = train(recipe, work_dir=tmp_path / "run")
+    told = losses(tmp_path / "run", "HeldOutLoss")
+    assert told[-1] < told[0]
+    held_out = prepare_run(recipe, tmp_path / "run").dataset.held_out
+    loaded, _ = load_model("tiny", dtype=dtype, adapter=adapter)
+    assert held_out_loss(loaded, held_out) == pytest.approx(told[-1], rel=0.01)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-000006")
+    train(recipe, work_dir=tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run", "HeldOutLoss")[-1] == pytest.approx(told[-1], rel=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one NVIDIA GPU")
