@@ -12,6 +12,7 @@ bfloat16), and what is kept in host memory: embedding, head, checkpoints, layers
 |---|---|
 | ours | `training/fused.py` and the same step as the loop's |
 | peft | transformers' own layers and loss under bf16 autocast, SDPA, gradient checkpointing without reentry |
+| float32 | peft without autocast: every product and sum in float32, slow; what the others are rounded from |
 | trl, trl+liger | TRL's SFTTrainer as it comes, and with Liger's kernels, where they are installed (gpu_peers.py) |
 
 The first 5 steps warm up. Peak memory is what PyTorch allocated in the timed steps, resident is what stays between two. Model FLOPs count the frozen products forward and
@@ -44,7 +45,7 @@ SHAPE = {
     "max_position_embeddings": 4096,
 }
 RANK, WARM_UP = 64, 5
-SIDES = ("ours", "peft", "trl", "trl+liger")
+SIDES = ("ours", "peft", "float32", "trl", "trl+liger")
 SETTINGS = (
     "nf4:2:2048",
     "nf4:4:2048:checkpoint",
@@ -88,6 +89,19 @@ def build(dtype: str) -> Any:
     gc.collect()
     torch.cuda.empty_cache()
     return model.train()
+
+
+def in_float32(model: Any) -> Any:
+    """The same weights, and products in float32. NF4 weights stay as they are."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+    return model
 
 
 def quantise(model: nn.Module) -> None:
@@ -147,7 +161,7 @@ def our_step(model: Any, more: list[str]) -> Step:
     return step
 
 
-def peft_step(model: Any, more: list[str]) -> Step:
+def peft_step(model: Any, more: list[str], autocast: bool = True) -> Step:
     """The same with autograd and transformers' own loss."""
     from bitsandbytes.optim import AdamW8bit
 
@@ -158,7 +172,7 @@ def peft_step(model: Any, more: list[str]) -> Step:
 
     def step(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids = ids.cuda()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         norm = nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -167,6 +181,11 @@ def peft_step(model: Any, more: list[str]) -> Step:
         return loss.detach(), norm
 
     return step
+
+
+def float32_step(model: Any, more: list[str]) -> Step:
+    """The same without bfloat16."""
+    return peft_step(in_float32(model), more, autocast=False)
 
 
 def run_steps(step: Step, batches: list[torch.Tensor]) -> list[list[float]]:
@@ -200,7 +219,7 @@ def measure(side: str, setting: str, steps: int) -> dict[str, Any]:
                 build(dtype), batches, more, warm_up=WARM_UP, liger=side == "trl+liger"
             )
         else:
-            step = {"ours": our_step, "peft": peft_step}[side](build(dtype), more)
+            step = {"ours": our_step, "peft": peft_step, "float32": float32_step}[side](build(dtype), more)
             read = run_steps(step, batches[:WARM_UP])
             torch.cuda.reset_peak_memory_stats()
             resident = torch.cuda.memory_allocated()
@@ -229,9 +248,9 @@ def flops_a_token(length: int) -> float:
 
 
 def installed_sides() -> list[str]:
-    """Sides whose packages are here."""
+    """Sides whose packages are here; float32 runs where it is named."""
     needs = {"trl": ["trl"], "trl+liger": ["trl", "liger_kernel"]}
-    return [side for side in SIDES if all(find_spec(package) for package in needs.get(side, []))]
+    return [side for side in SIDES if side != "float32" and all(find_spec(package) for package in needs.get(side, []))]
 
 
 def main() -> None:
@@ -265,14 +284,13 @@ def main() -> None:
                 flush=True,
             )
         sides = result["settings"][setting]
-        expected = sides.get("peft", {}).get("losses")
-        for side, found in sides.items():
-            if expected and side != "peft" and "losses" in found:
-                pairs = zip(found["losses"], expected, strict=True)
-                found["largest_loss_difference_to_peft"] = max(abs(one - other) for one, other in pairs)
-                print(
-                    f"{setting:68} {side:9} losses differ from peft's by at most {found['largest_loss_difference_to_peft']:.4f}"
-                )
+        for other in ("peft", "float32"):
+            expected = sides.get(other, {}).get("losses")
+            for side, found in sides.items():
+                if expected and side != other and "losses" in found:
+                    pairs = zip(found["losses"], expected, strict=True)
+                    largest = found[f"largest_loss_difference_to_{other}"] = max(abs(one - two) for one, two in pairs)
+                    print(f"{setting:68} {side:9} losses differ from {other}'s by at most {largest:.4f}")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
