@@ -74,7 +74,7 @@ METRICS: dict[str, _Metric] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
     """A model's results, row by row, and the rows that could not be measured, by reason."""
 
@@ -120,7 +120,7 @@ class Evaluation:
             f"; {dropped} rows not measured: {'; '.join(self.dropped)}" if dropped else ""
         )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # a notebook keeps it beside the HTML: the table, not every row with its answer
         return _as_text(self._caption(), self._table())
 
     def _repr_html_(self) -> str:
@@ -147,7 +147,7 @@ class Change:
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Two evaluations of the same rows, figure by figure."""
 
@@ -190,7 +190,7 @@ class Comparison:
             lines.append([METRICS[name].label, *values, interval, _verdict(name, change)])
         return lines
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return _as_text(self.caption, self._table())
 
     def _repr_html_(self) -> str:
@@ -205,15 +205,18 @@ def compare(
     Rows are drawn with replacement, the same ones for both sides, and each figure's change is computed anew; the interval is
     that between the percentiles of all `draws`. So it speaks of other rows like these, and not of another training.
 
+    What only one side measured is left out: where one of the two answered nothing, losses alone are compared.
+
     Losses a token can be compared only where both models cut the rows into the same tokens; else loss and perplexity are left
     out, and the caption says so.
 
     Raises:
         InputError: the two are not of the same rows.
     """
-    if [row.row for row in before.rows] != [row.row for row in after.rows] or [
-        (answer.question, answer.reference) for answer in before.answers
-    ] != [(answer.question, answer.reference) for answer in after.answers]:
+    answered = [[(answer.question, answer.reference) for answer in side.answers] for side in (before, after)]
+    if [row.row for row in before.rows] != [row.row for row in after.rows] or (
+        all(answered) and answered[0] != answered[1]
+    ):
         raise InputError(
             f"before ({before._caption()}) and after ({after._caption()}) are not of the same rows: evaluate both on the same ones"
         )
@@ -222,7 +225,7 @@ def compare(
     changes = {}
     for name, metric in METRICS.items():
         first, second = _parts(metric, before.rows), _parts(metric, after.rows)
-        if not len(first) or (metric.parts is _loss and not same_tokens):
+        if not len(first) or not len(second) or (metric.parts is _loss and not same_tokens):
             continue
         sides = [metric.shown(parts[:, 0].sum() / parts[:, 1].sum()) for parts in (first, second)]
         low = high = None

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2048  # a batch, padding and all, unless one row is longer: evaluation takes no more memory than training
 MOST_ROWS = 8  # a batch
+# What is kept of every token while answers are written, its keys and values, grows with rows times tokens. A step of the
+# answers reads every weight once, so many rows cost little more than one.
+MOST_ANSWERS, MOST_KEPT_TOKENS = 32, 4096
 GENERAL_KNOWLEDGE = "general_knowledge.jsonl"  # in data/
 
 Progress = Callable[[str, int, int], None]  # what is done, how many rows are, of how many
@@ -193,10 +196,8 @@ def _answers(
     """For each row the answer, how many tokens it has, and whether the model ended it."""
     ends = stop_ids(model, template, tokenizer)
     prompts = [encode_prompt(_turns(row)[0], template, tokenizer, row.get("tools", [])) for row in rows]
-    order = sorted(range(len(rows)), key=lambda place: len(prompts[place]))
     written: dict[int, list[int]] = {}
-    for start in range(0, len(order), MOST_ROWS):
-        batch = order[start : start + MOST_ROWS]
+    for batch in _answer_batches([len(prompt) for prompt in prompts], max_new_tokens):
         ids = continue_prompts(
             model, tokenizer, [prompts[place] for place in batch], ends=ends, max_new_tokens=max_new_tokens
         )
@@ -207,6 +208,20 @@ def _answers(
         stopped = ids[-1] in ends
         answers.append((tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) - stopped, stopped))
     return answers
+
+
+def _answer_batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Places of the prompts to answer together, short ones first: at most `MOST_ANSWERS`, and `MOST_KEPT_TOKENS` of their
+    rectangle with the answers, unless one alone has more."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        kept = (len(batch) + 1) * (lengths[place] + max_new_tokens)
+        if batch and (len(batch) == MOST_ANSWERS or kept > MOST_KEPT_TOKENS):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def _score(row: Conversation, text: str, tokens: int, stopped: bool, accepted: Sequence[str] | None) -> Answer:

@@ -38,6 +38,22 @@ def test_different_rows_are_refused() -> None:
         compare(first, second)
 
 
+def test_what_one_side_alone_measured_is_left_out() -> None:
+    before, after = evaluations(12, gain=0.1, noise=0.1)
+    answered = Evaluation(tuple(replace(row, answer=answer()) for row in before.rows))
+    losses = compare(before, after).changes
+    assert compare(answered, after).changes == losses
+    assert compare(before, Evaluation(tuple(replace(row, answer=answer()) for row in after.rows))).changes == losses
+    assert set(compare(answered, answered).changes) > set(losses)
+
+
+def test_in_a_notebook_the_text_is_the_table_and_not_every_row() -> None:
+    before, after = evaluations(50, gain=0.1, noise=0.1)
+    assert repr(before) == str(before)
+    assert "RowResult" not in repr(before)
+    assert repr(compare(before, after)).splitlines()[0] == str(after).splitlines()[0]
+
+
 def test_an_unknown_figure_brings_the_nearest() -> None:
     before, after = evaluations(12, gain=0.1, noise=0.1)
     with pytest.raises(
