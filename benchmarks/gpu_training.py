@@ -98,7 +98,7 @@ def in_float32(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
     return model
@@ -119,6 +119,7 @@ def quantise(model: nn.Module) -> None:
         new.bias = module.bias
         parent, child = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), child, new)
+    model.is_loaded_in_4bit = True  # by which peft chooses its own 4-bit layer, which copies no input
 
 
 def our_step(model: Any, more: list[str]) -> Step:

@@ -56,9 +56,9 @@ def start(model: Path, folder: Path, cap: float, length: int) -> subprocess.Pope
     )
     recipe.save(folder.with_suffix(".yaml"))
     script = (
+        "from course_lib import load_recipe, train\n"  # before the first word to the GPU: it says how memory is reserved
         "import torch\n"
         f"torch.cuda.set_per_process_memory_fraction({cap * GIB} / torch.cuda.get_device_properties(0).total_memory)\n"
-        "from course_lib import load_recipe, train\n"
         f"train(load_recipe({str(folder.with_suffix('.yaml'))!r}), work_dir={str(folder)!r})\n"
     )
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -35,6 +36,11 @@ __all__ = sorted(_NAMES)
 # from working: training ran at a sixth of its speed, and at full speed less a fifth on idle cores without spinning.
 # Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# GPU memory in segments that grow, which leaves smaller gaps: near the limit it decides whether a run fits, and 5 GiB of
+# memory hold the 7B run they are meant for only so (benchmarks/memory_caps.py). Read at the first allocation.
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # said by libraries at every start, about nothing a user of this one can change
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)

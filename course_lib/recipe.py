@@ -84,7 +84,7 @@ class DataSettings(Section):
     identity: IdentitySettings | None = None  # instead of a path
     max_rows: Positive | None = None
     on_bad_row: Literal["error", "drop"] = "error"
-    held_out: Count = 0  # rows kept for the held-out loss: at most a fifth of all
+    held_out: Count = 0  # rows for the held-out loss, at most a fifth of all; a question stays on one side
     max_length: Annotated[int, Field(ge=8, le=10**9)] = 512  # tokens
     over_long: Literal["truncate", "split", "drop"] = (
         "truncate"  # rows of more tokens: cut, cut into several, or left out

@@ -24,6 +24,7 @@ from course_lib.data.formats import check_format_name, converted_rows, iter_rows
 from course_lib.data.identity import identity_conversations
 from course_lib.data.report import DataReport
 from course_lib.data.sources import locate
+from course_lib.data.split import question_key, whole_groups
 from course_lib.data.tokenize import Example, TrainOn, encode_conversations
 from course_lib.errors import InputError
 
@@ -56,7 +57,7 @@ class Dataset:
 
 
 def load_dataset(settings: DataSettings, *, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Read, tokenise and split a recipe's data: `held_out` rows are chosen by the seed, and never trained on.
+    """Read, tokenise and split a recipe's data: `held_out` rows are chosen by the seed, and their questions are never trained on.
 
     Raises:
         InputError: a row does not fit and `on_bad_row` is "error" (the message names file, row and reason), or nothing
@@ -201,10 +202,32 @@ def _account_for_rows(table: datasets.Dataset, report: DataReport) -> None:
 
 
 def _held_out_rows(conversations: datasets.Dataset, settings: DataSettings) -> list[int]:
+    """The numbers of the rows to hold out: all rows of a question or none, as many as come nearest to `held_out`.
+
+    Questions are drawn in the order of their first rows, so where none repeats, rows are.
+
+    Raises:
+        InputError: all rows ask the same question.
+    """
     if not settings.held_out:
         return []
-    numbers = [number for number, conversation in _values(conversations, "row", "conversation") if conversation]
-    return random.Random(settings.seed).sample(numbers, min(settings.held_out, max(len(numbers) - 1, 0)))
+    numbers, questions = [], []
+    for number, conversation in _values(conversations, "row", "conversation"):
+        if conversation:
+            numbers.append(number)
+            questions.append(hash(question_key(json.loads(conversation))))  # not the text: memory stays small
+    _, first, group = np.unique(np.array(questions, dtype=np.int64), return_index=True, return_inverse=True)
+    if len(first) == 1 < len(numbers):
+        raise InputError(
+            f"data.held_out = {settings.held_out}: all {len(numbers)} rows ask the same question, and one that is trained cannot be "
+            "held out; set data.held_out=0, or give rows with other questions"
+        )
+    drawn = random.Random(settings.seed).sample(range(len(first)), min(settings.held_out, max(len(first) - 1, 0)))
+    sizes = np.bincount(group)
+    by_first_row = first.argsort()
+    order = by_first_row[drawn].tolist()
+    chosen = whole_groups(order, {name: int(sizes[name]) for name in order}, wanted=settings.held_out)
+    return np.array(numbers)[np.isin(group, chosen)].tolist()
 
 
 def _encode_batch(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from course_lib.data.conversation import Conversation
 from course_lib.data.report import DataReport
@@ -16,6 +16,7 @@ from course_lib.errors import InputError, did_you_mean
 from course_lib.files import file_to_write
 
 REPEATS = ("keep", "longest")
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,23 @@ def split_file(
 
 
 def choose_test(sizes: Mapping[str, int], *, test: float, seed: int) -> set[str]:
-    """Choose the groups of the test part: whole ones, in hash order, while each brings its rows nearer to the share.
+    """Choose the groups of the test part: whole ones, in hash order, each that brings its rows nearer to the share.
 
     Args:
         sizes: rows of each group, by its name.
         test: the share of all rows that is wanted, between 0 and 1. At least one group is chosen.
     """
     wanted = round(test * sum(sizes.values()))
-    chosen: set[str] = set()
+    return set(whole_groups(hash_order(sizes, seed=seed), sizes, wanted=wanted))
+
+
+def whole_groups(order: Iterable[Group], sizes: Mapping[Group, int], *, wanted: int) -> list[Group]:
+    """Take groups in an order, each that brings the number of rows nearer to the one wanted; the first in any case."""
+    chosen: list[Group] = []
     rows = 0
-    for name in hash_order(sizes, seed=seed):
+    for name in order:
         if not chosen or abs(rows + sizes[name] - wanted) < abs(rows - wanted):
-            chosen.add(name)
+            chosen.append(name)
             rows += sizes[name]
     return chosen
 
@@ -131,8 +137,15 @@ def normal_question(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip("?!.。？！ ")
 
 
+def question_key(row: Conversation) -> str:
+    """What rows of one question have in common: the normal form of the first user turn, or of all text where there is none."""
+    messages = row.get("messages", [])
+    asked = (message["content"] for message in messages if message["role"] == "user")
+    return normal_question(next(asked, row.get("text", "\n".join(message["content"] for message in messages))))
+
+
 def _grouped(group_by: str, rows: Iterable[tuple[int, Any, Conversation, Any]]) -> dict[str, list[_Row]]:
-    key_of = _question_key if group_by == "question" else _field_key(group_by)
+    key_of = _field_key(group_by) if group_by != "question" else lambda raw, conversation: question_key(conversation)
     groups: dict[str, list[_Row]] = {}
     for number, raw, conversation, written in rows:
         groups.setdefault(key_of(raw, conversation), []).append(_Row(number, written, _answer_length(conversation)))
@@ -150,11 +163,6 @@ def _one_answer_each(groups: dict[str, list[_Row]], report: DataReport) -> dict[
 
 def _answer_length(row: Conversation) -> int:
     return sum(len(message["content"]) for message in row.get("messages", []) if message["role"] == "assistant")
-
-
-def _question_key(raw: Any, row: Conversation) -> str:
-    asked = (message["content"] for message in row.get("messages", []) if message["role"] == "user")
-    return normal_question(next(asked, row.get("text", "")))
 
 
 def _field_key(name: str) -> Callable[[Any, Conversation], str]:

@@ -21,8 +21,8 @@ ALIGNMENT_ON_HOST = 256  # bytes between the tensors of a layer in host memory
 NF4_BLOCK, NF4_GROUP = 64, 256  # weights that share a scale, scales that share a scale of their own
 
 LOGITS_A_CHUNK = 2**27  # 268 MB in 16 bits: a thousand rows or more, enough to keep a large GPU's matrix units busy
-SLICE_OF_HEAD = 2**25  # of a head in host memory: 67 MB in 16 bits, two of them at a time
-SLICE_OF_LOGITS = 2**23
+SLICE_OF_HEAD = 2**24  # of a head in host memory: 34 MB in 16 bits, two of them at a time
+SLICE_OF_LOGITS = 2**22
 
 
 def aligned(elements: int) -> int:

@@ -163,7 +163,7 @@ def streamed_loss(
         total.mul_(shrink).add_(logits.sum(1))
         if gradient:
             expected.mul_(shrink[:, None]).add_(logits.to(hidden.dtype) @ weight)
-            row_of_target = torch.where(inside[:, None], weight[at], row_of_target)
+            row_of_target.add_(weight[at].mul_(inside[:, None]))
     loss = (largest + total.log() - of_target).sum()
     return loss, expected.div_(total[:, None]).sub_(row_of_target).to(hidden.dtype) if gradient else None
 

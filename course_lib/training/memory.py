@@ -27,8 +27,9 @@ LESS = 0.95  # of what the run that failed was predicted to need
 
 
 def reset_peak_memory() -> None:
-    """Start measuring anew; a process's resident peak cannot be reset."""
+    """Give back what loading left reserved, and start measuring anew; a process's resident peak cannot be reset."""
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -49,14 +49,18 @@ def kept_by_layer(recipe: Recipe, shape: ModelShape) -> int:
 
 
 def _inputs(recipe: Recipe, shape: ModelShape, element: int) -> int:
-    """What linear layers keep of their inputs. An adapter in float32 makes a copy of its own, in the type it is multiplied in."""
+    """What linear layers keep of their inputs.
+
+    An adapter in float32 makes a copy of its own, in the type it is multiplied in; but not beside a quantised layer, where peft leaves
+    the input as it is under autocast.
+    """
     lora = recipe.lora
     if lora is None:
         return _distinct(list(shape.linears)) * element
     linears, total = with_adapter(shape, lora), 0
-    if recipe.model.dtype == "int8":  # keeps what it multiplied
+    copies = lora.dropout > 0 or (BYTES[lora.dtype] != element and recipe.model.dtype not in ("nf4", "int8"))
+    if recipe.model.dtype == "int8" and copies:  # the layer keeps what it multiplied too
         total += _distinct(list(shape.linears)) * element
-    copies = lora.dropout > 0 or BYTES[lora.dtype] != element
     total += (sum(linear.inputs for linear in linears) if copies else _distinct(linears)) * element
     if lora.dropout:
         total += sum(linear.inputs for linear in linears)  # a mask of one byte

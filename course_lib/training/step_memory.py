@@ -211,7 +211,7 @@ class _Replay:
         ):  # fmt: skip
             ledger.touch(product=narrow, logits_before=logits * several)
             ledger.touch(narrow=narrow, weighted=trained(width))
-            ledger.touch(rows_of_slice=trained(width), new_row_of_target=trained(width))
+            ledger.touch(rows_of_slice=trained(width))
             ledger.hold("by normed", trained(width))
 
     def backward(self) -> None:

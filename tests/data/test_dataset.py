@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,62 @@ def test_held_out_rows_are_chosen_by_the_seed_and_not_trained_on(tokenizer: Any,
     assert not {tuple(example.input_ids) for example in first.held_out} & {
         tuple(example.input_ids) for example in first.train
     }
+
+
+def numbered_questions(path: Path, asked: list[int]) -> Path:
+    """Rows in Alpaca form; answers tell the rows apart, and a question that comes again is written otherwise."""
+    rows = [
+        {
+            "instruction": f"What is  {question}? " if asked[:number].count(question) else f"what is {question}",
+            "output": f"answer {number}",
+        }
+        for number, question in enumerate(asked)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def answers(examples: Any, tokenizer: Any) -> list[int]:
+    texts = (tokenizer.decode([label for label in example.labels if label >= 0]) for example in examples)
+    return [int(text.removeprefix("answer ").removesuffix("<|im_end|>")) for text in texts]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_question_is_both_trained_and_held_out(tokenizer: Any, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    asked = [chance.randrange(20) for _ in range(40)]
+    path, wanted = numbered_questions(tmp_path / "rows.jsonl", asked), chance.randrange(1, 9)
+    dataset = load(tokenizer, path=str(path), held_out=wanted, seed=seed)
+    trained, held_out = answers(dataset.train, tokenizer), answers(dataset.held_out, tokenizer)
+    assert sorted(trained + held_out) == list(range(40))
+    assert not {asked[row] for row in trained} & {asked[row] for row in held_out}
+    largest = max(map(asked.count, asked))
+    assert held_out
+    assert abs(len(held_out) - wanted) <= max(largest - 1, 1)
+
+
+@pytest.mark.parametrize("held_out", [1, 3, 9, 40])
+def test_where_no_question_repeats_rows_are_held_out_as_they_always_were(
+    tokenizer: Any, rows_file: Path, held_out: int
+) -> None:
+    """Runs of earlier versions stay comparable: the seed's sample of the row numbers."""
+    dataset = load(tokenizer, path=str(rows_file), held_out=held_out, seed=7)
+    rows = random.Random(7).sample(range(10), min(held_out, 9))
+    assert answers(dataset.held_out, tokenizer) == sorted(rows)
+
+
+def test_rows_of_one_question_cannot_be_held_out(tokenizer: Any, tmp_path: Path) -> None:
+    path = numbered_questions(tmp_path / "rows.jsonl", [0] * 6)
+    with pytest.raises(InputError, match=r"held_out = 2: all 6 rows ask the same question.*set data\.held_out=0"):
+        load(tokenizer, path=str(path), held_out=2)
+    assert len(load(tokenizer, path=str(path)).train) == 6
+
+
+def test_rows_without_a_question_are_told_apart_by_their_text(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": f"answer {number}"}]} for number in range(6)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert len(load(tokenizer, path=str(path), held_out=2).held_out) == 2
 
 
 def test_nothing_left_to_train_on(tokenizer: Any, rows_file: Path) -> None:

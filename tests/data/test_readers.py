@@ -11,6 +11,7 @@ import pytest
 
 from course_lib.data.conversation import RowError
 from course_lib.data.formats import iter_rows, read_rows, to_conversation
+from course_lib.data.readers_sheet import iter_sheet_rows
 from course_lib.errors import InputError
 
 ROW = {"instruction": "Say hi", "output": "hi"}
@@ -180,6 +181,14 @@ def test_sheets_that_do_not_fit_say_what_they_have(tmp_path: Path) -> None:
         read_rows(sheet(tmp_path / "b.xlsx", ("S", [["Question", "Answer", "answer"], ["q", "a", "b"]])))
     with pytest.raises(InputError, match="has a header and no rows"):
         read_rows(sheet(tmp_path / "c.xlsx", ("S", [["Question", "Answer"]])))
+
+
+def test_the_two_columns_may_have_other_names(tmp_path: Path) -> None:
+    path = sheet(tmp_path / "a.xlsx", ("S", [["We reply", "No", " customer  ASKS"], ["a", 1, "q"]]))
+    rows = list(iter_sheet_rows(path, columns=("Customer asks", "We reply")))
+    assert rows == [(2, {"Question": "q", "Answer": "a", "No": "1"})]
+    with pytest.raises(InputError, match="no sheet has the columns Ask and Reply: 'S' has We reply, No, customer ASKS"):
+        list(iter_sheet_rows(path, columns=("Ask", "Reply")))
 
 
 def test_without_openpyxl_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

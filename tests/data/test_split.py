@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from course_lib.data.split import choose_test, hash_order, normal_question, split_file
+from course_lib.data.dataset import read_conversations
+from course_lib.data.readers_sheet import iter_sheet_rows
+from course_lib.data.split import choose_test, hash_order, normal_question, question_key, split_file
 from course_lib.errors import InputError
+from course_lib.recipe import DataSettings
 
 
 def rows_file(path: Path, *pairs: tuple[str, str]) -> Path:
@@ -115,12 +119,45 @@ def test_the_medication_sheet_splits_without_a_leak(
 ) -> None:
     sheet = tmp_path / "medqa.xlsx"
     sheet.write_bytes((real_data / "MedInfo2019-QA-Medications.xlsx").read_bytes())
+    rows = dict(iter_sheet_rows(sheet))
     split = split_file(sheet, test=0.3, seed=0, repeats=repeats)
     assert (split.train_rows, split.test_rows) == (train_rows, test_rows)
-    assert split.report.read == 690
+    assert split.report.read == len(rows) == 690
     non_answers = {row for why, rows in split.report.dropped.items() if why.startswith("no answer") for row in rows}
+    assert non_answers == {number for number, row in rows.items() if row["URL"] == "n/a"}, (
+        "by another column: it has no source"
+    )
     assert len(non_answers) == 13
-    assert len(split.repeated) == 42, "39 repeat a question word for word, 3 but for a question mark at its end"
+    kept = [row["Question"] for number, row in rows.items() if number not in non_answers]
+    assert len(kept) - len({*kept}) == 39, "repeated word for word"
+    assert len(split.repeated) == 42, "and three but for case or a question mark at the end"
     sides = [set(map(normal_question, questions(part))) for part in (split.train, split.test)]
     assert not sides[0] & sides[1]
     assert len(sides[0] | sides[1]) == split.groups == 635
+
+
+@pytest.mark.realdata
+def test_the_medication_sheet_splits_the_same_way_again_and_otherwise_for_another_seed(
+    real_data: Path, tmp_path: Path
+) -> None:
+    parts = []
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        sheet = tmp_path / f"{name}.xlsx"
+        sheet.write_bytes((real_data / "MedInfo2019-QA-Medications.xlsx").read_bytes())
+        split = split_file(sheet, seed=seed)
+        parts.append((split.train.read_bytes(), split.test.read_bytes()))
+    assert parts[0] == parts[1] != parts[2]
+    ordered = "\n".join(questions(tmp_path / "first-test.jsonl"))
+    assert hashlib.sha256(ordered.encode()).hexdigest()[:16] == "b7babdcc4e51d291", "the split of every machine"
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_rows_of_the_medication_sheet_share_no_question_with_the_others(real_data: Path, seed: int) -> None:
+    path = str(real_data / "MedInfo2019-QA-Medications.xlsx")
+    settings = DataSettings(path=path, format="medqa", on_bad_row="drop", held_out=100, seed=seed)
+    held_out, _ = read_conversations(settings)
+    everything, _ = read_conversations(settings.model_copy(update={"held_out": 0}))
+    assert (len(held_out), len(everything)) == (100, 677)
+    trained = {question_key(row) for row in everything if row not in held_out}
+    assert trained.isdisjoint(map(question_key, held_out))

@@ -44,7 +44,9 @@ def test_the_slow_downs_are_those_measured() -> None:
             for length in (512, 2048)
         },
         "layers": {
-            length: speed[f"nf4:1:{length}:checkpoint{host}"] / speed[f"nf4:1:{length}:checkpoint{host}:layers"]
+            length: max(
+                1.0, speed[f"nf4:1:{length}:checkpoint{host}"] / speed[f"nf4:1:{length}:checkpoint{host}:layers"]
+            )
             for length in (512, 2048)
         },
     }
@@ -120,9 +122,10 @@ def test_where_nothing_fits_something_else_is_trained_or_nothing_said() -> None:
     [
         ([], 1.0, 1.0),
         (["training.gradient_checkpointing=16"], 1.11, 1.13),
-        (["training.batch_size=1", "training.accumulation=4"], 1.3, 1.5),
+        (["training.batch_size=1", "training.accumulation=4"], 1.25, 1.5),
         (["training.offload=[embedding]"], 1.0, 1.0),
-        (["training.offload=[layers]"], 1.1, 1.2),
+        (["training.offload=[layers]"], 1.05, 1.2),
+        (["training.offload=[layers]", "model.dtype=bfloat16"], 1.2, 1.4),
         (["model.dtype=bfloat16"], 0.95, 0.97),
     ],
 )

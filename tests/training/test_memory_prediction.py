@@ -67,7 +67,11 @@ def test_the_peak_on_a_gpu_is_foretold(setting: str) -> None:
         assert predicted.resident / 1e9 == pytest.approx(measured["resident_gb"], rel=0.01)
 
 
-@pytest.mark.parametrize("setting", [name for name, sides in MEASURED.items() if "peak_gb" in sides.get("peft", {})])
+@pytest.mark.parametrize(
+    "setting",
+    # in NF4 that side was measured with peft's general layer, which copies its input, and not with its 4-bit one
+    [name for name, sides in MEASURED.items() if "peak_gb" in sides.get("peft", {}) and name.startswith("bfloat16")],
+)
 def test_the_peak_of_the_models_own_layers_is_estimated(setting: str) -> None:
     """The measured side has transformers' loss and attention, not those of PlainEngine: the same count but for details."""
     predicted = _predict_plain(recipe_of(setting), INTERNLM_7B, 1, 0, "as measured")
