@@ -22,7 +22,7 @@ from course_lib.chat.terminal import TerminalChat, interrupt_stops, printable, w
 from course_lib.errors import CourseError, InputError
 
 if TYPE_CHECKING:
-    from course_lib.chat.session import ChatSession
+    pass
 
 LONGEST_SHOWN = 300  # characters of a result on stderr
 
@@ -46,18 +46,6 @@ def recorded_protocol(model: str, adapter: str | Path | None = None) -> str:
     """The protocol that a model or an adapter was trained with, as its record says; "auto" where none does."""
     records = [read_record(folder) for folder in (adapter, model) if folder and Path(folder).is_dir()]
     return next((record["protocol"] for record in records if record.get("protocol")), "auto")
-
-
-def agent_of(
-    session: ChatSession, tools: Sequence[AgentTool], *, protocol: str = "auto", max_turns: int = 8
-) -> AgentRunner:
-    """An agent that writes with the session's model, template, sampling and system turn.
-
-    Raises:
-        InputError: an unknown protocol, or `native` with a template that has no tools; two tools of one name.
-    """
-    chosen = choose_protocol(protocol, session.template, session.tokenizer)
-    return AgentRunner(session, tools, protocol=chosen, system=session.system, max_turns=max_turns)
 
 
 def agent_terminal(
