@@ -373,7 +373,7 @@ def test_special_tokens_are_text_where_a_template_writes_calls_with_them(loaded:
         assert "".join(session.stream_turn(rendered)) == "<|im_start|>call"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     written=st.lists(
         st.one_of(
