@@ -19,6 +19,7 @@ from rich.table import Table
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
 from course_lib.cli_plan import plan
+from course_lib.cli_serve import serve
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
 
@@ -316,6 +317,9 @@ def chat(
         answer_once(session, once)
     else:
         chat_terminal(session)
+
+
+app.command()(serve)
 
 
 def _print_json(value: Any) -> None:

@@ -1,0 +1,117 @@
+"""`course serve` and `course app`: a model for other programs, and for people with a browser."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from course_lib.errors import InputError
+
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
+KeyOption = Annotated[
+    str | None, typer.Option("--api-key", envvar="COURSE_API_KEY", show_envvar=True, help="what clients must send")
+]
+AdapterOption = Annotated[Path | None, typer.Option(help="an adapter's folder")]
+BitsOption = Annotated[int | None, typer.Option(help="load the model in 4 or 8 bits")]
+TemplateOption = Annotated[str, typer.Option(help="chat template; auto takes the adapter's or the model's own")]
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="a model's name or folder")],
+    adapter: AdapterOption = None,
+    bits: BitsOption = None,
+    template: TemplateOption = "auto",
+    host: Annotated[str, typer.Option(help="whom to listen to; others than this machine need a key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    api_key: KeyOption = None,
+    waiting: Annotated[int, typer.Option(min=0, help="clients that may wait in line; more are told to come again")] = 32,
+    engine: Annotated[str, typer.Option(help="course, or vllm where it is installed")] = "course",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="vllm: GPUs a layer is split over")] = 1,
+    data_parallel_size: Annotated[int, typer.Option(min=1, help="vllm: copies of the model")] = 1,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run the Python code in the model's folder")
+    ] = False,
+) -> None:
+    """Serve a model by OpenAI's chat API, until Ctrl-C."""
+    if engine not in ("course", "vllm"):
+        raise InputError(f"--engine {engine}: choose course or vllm")
+    if engine == "course" and max(tensor_parallel_size, data_parallel_size) > 1:
+        raise InputError("--tensor-parallel-size and --data-parallel-size are for --engine vllm")
+    if bits not in (None, 4, 8):
+        raise InputError(f"--bits {bits}: choose 4 or 8")
+    api_key = _checked_key(api_key)
+    listen = _import_listen()
+    from course_lib.adapter_record import check_adapter, read_record
+    from course_lib.models import model_folder
+
+    listener = listen.bind(host, port)
+    if not listen.is_loopback(listener) and api_key is None:
+        raise InputError(
+            f"--host {host}: others than this machine could use the model; give a key with --api-key or COURSE_API_KEY"
+        )
+    folder = model_folder(model)
+    name = folder.resolve().name
+    if adapter is not None:
+        check_adapter(adapter, folder)
+        name = f"{name}+{adapter.resolve().name}"
+        template = read_record(adapter).get("template", "auto") if template == "auto" else template
+    if engine == "vllm":
+        from course_lib.chat.vllm import vllm_command
+
+        command = vllm_command(
+            folder,
+            name=name,
+            host=host,
+            port=listener.getsockname()[1],
+            adapter=adapter,
+            bits=bits,
+            template=template,
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
+        )
+        listener.close()
+        environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
+        os.execve(command[0], command, environment)
+    from course_lib.chat.answer_queue import AnswerQueue
+    from course_lib.chat.serve import Served, build_app
+    from course_lib.data.templates import choose_template
+    from course_lib.models import load_model
+
+    loaded, tokenizer = load_model(
+        folder, dtype={None: "auto", 4: "nf4", 8: "int8"}[bits], adapter=adapter, trust_remote_code=trust_remote_code
+    )
+    served = Served(loaded, tokenizer, template=choose_template(tokenizer, template), name=name)
+    queue = AnswerQueue(waiting=waiting)
+    own_names = listen.LOOPBACK_NAMES if api_key is None else ()
+    app = build_app(served, queue, api_key=api_key, own_names=own_names, say=_say)
+    listen.listen(
+        app, queue, listener, ready=lambda: _say(f"serving {name} at {listen.url_of(listener)} (Ctrl-C ends it)")
+    )
+
+
+def _import_listen():  # noqa: ANN202
+    try:
+        from course_lib.chat import listen
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}; install it: pip install 'course-lib[serve]'") from None
+    return listen
+
+
+def _checked_key(key: str | None) -> str | None:
+    """The key, or None for an empty one.
+
+    Raises:
+        InputError: no HTTP header can carry it.
+    """
+    key = (key or "").strip()
+    if not all(33 <= ord(character) <= 126 for character in key):
+        raise InputError("the API key must be of ASCII letters, digits and signs, without spaces")
+    return key or None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
