@@ -28,7 +28,9 @@ def serve(
     host: Annotated[str, typer.Option(help="whom to listen to; others than this machine need a key")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key: KeyOption = None,
-    waiting: Annotated[int, typer.Option(min=0, help="clients that may wait in line; more are told to come again")] = 32,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="clients that may wait in line; more are told to come again")
+    ] = 32,
     engine: Annotated[str, typer.Option(help="course, or vllm where it is installed")] = "course",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="vllm: GPUs a layer is split over")] = 1,
     data_parallel_size: Annotated[int, typer.Option(min=1, help="vllm: copies of the model")] = 1,
@@ -46,6 +48,7 @@ def serve(
     api_key = _checked_key(api_key)
     listen = _import_listen()
     from course_lib.adapter_record import check_adapter, read_record
+    from course_lib.data.templates import named_template
     from course_lib.models import model_folder
 
     listener = listen.bind(host, port)
@@ -59,6 +62,8 @@ def serve(
         check_adapter(adapter, folder)
         name = f"{name}+{adapter.resolve().name}"
         template = read_record(adapter).get("template", "auto") if template == "auto" else template
+    if template != "auto":
+        named_template(template)  # it exists, before a large model is loaded
     if engine == "vllm":
         from course_lib.chat.vllm import vllm_command
 
@@ -88,9 +93,8 @@ def serve(
     queue = AnswerQueue(waiting=waiting)
     own_names = listen.LOOPBACK_NAMES if api_key is None else ()
     app = build_app(served, queue, api_key=api_key, own_names=own_names, say=_say)
-    listen.listen(
-        app, queue, listener, ready=lambda: _say(f"serving {name} at {listen.url_of(listener)} (Ctrl-C ends it)")
-    )
+    ready = f"serving {name} at {listen.url_of(listener)} (Ctrl-C ends it)"
+    listen.Server(app, queue, ready=lambda: _say(ready)).run([listener])
 
 
 def _import_listen():  # noqa: ANN202

@@ -85,7 +85,9 @@ class Answer:
 
     def __init__(self, begin: Callable[[], Generation], turn: asyncio.Lock) -> None:
         self.generation: Generation | None = None
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()  # no longer than max_tokens, however slowly it is read
+        self._pieces: asyncio.Queue[str | None] = (
+            asyncio.Queue()
+        )  # no longer than max_tokens, however slowly it is read
         self._error: Exception | None = None
         self.writing = asyncio.create_task(self._write(begin, turn))
         self.writing.add_done_callback(lambda _: self._pieces.put_nowait(None))
@@ -119,7 +121,9 @@ class Answer:
         try:
             async with turn:
                 self.generation = begin()
-                reading = asyncio.create_task(asyncio.to_thread(self._read, self.generation, asyncio.get_running_loop()))
+                reading = asyncio.create_task(
+                    asyncio.to_thread(self._read, self.generation, asyncio.get_running_loop())
+                )
                 try:
                     await asyncio.shield(reading)
                 finally:  # the turn passes on when the model is free, not before

@@ -89,6 +89,8 @@ class AnswerStreamer:
         if not self._prompt_seen:
             self._prompt_seen = True
             return
+        if self.stop_texts.found:  # generate asks whether to stop before it passes the token on, so it writes one more
+            return
         self.ids += value.flatten().tolist()
         self._emit(whole_characters=True)
 

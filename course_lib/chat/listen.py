@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import ipaddress
-import logging
 import socket
 import sys
 from collections.abc import Callable
@@ -33,7 +31,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError):
-        raise InputError(f"--host {host}: no such host; use 127.0.0.1, or 0.0.0.0 for all of this machine's addresses") from None
+        raise InputError(
+            f"--host {host}: no such host; use 127.0.0.1, or 0.0.0.0 for all of this machine's addresses"
+        ) from None
     listener = socket.socket(family, kind, protocol)
     if sys.platform != "win32":  # there it would share a port that is in use
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -59,35 +59,27 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
-def listen(app: ASGIApp, queue: AnswerQueue, listener: socket.socket, *, ready: Callable[[], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM, which then take their usual course; answers being written end with an error.
+class Server(uvicorn.Server):
+    """`run([listener])` serves until Ctrl-C or SIGTERM, which then take their usual course; answers being written end with an error.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
 
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            ready()
+    def __init__(self, app: ASGIApp, queue: AnswerQueue, *, ready: Callable[[], None] = lambda: None) -> None:
+        """`ready` is called when the first client may come."""
+        quiet = {"log_level": "error", "access_log": False, "server_header": False}
+        super().__init__(
+            uvicorn.Config(
+                app, lifespan="off", ws="none", proxy_headers=False, timeout_graceful_shutdown=SECONDS_TO_END, **quiet
+            )
+        )
+        self.queue, self.ready = queue, ready
 
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            queue.close()
-            await super().shutdown(sockets)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
 
-    logging.getLogger("uvicorn.error").addFilter(_tells_more_than_the_end)
-    config = uvicorn.Config(
-        app,
-        log_level="error",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=SECONDS_TO_END,
-    )
-    Server(config).run([listener])
-
-
-def _tells_more_than_the_end(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.queue.close()
+        await super().shutdown(sockets)

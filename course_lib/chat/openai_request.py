@@ -22,7 +22,17 @@ LONGEST_STOP_TEXT = 200  # characters
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _READ = {
     *_SAMPLING,
-    *("messages", "model", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "tools", "tool_choice"),
+    *(
+        "messages",
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "stream",
+        "stream_options",
+        "tools",
+        "tool_choice",
+    ),
 }
 # What only the operator of a server wants to know; the answer is the same without it.
 _WITHOUT_EFFECT = {
@@ -91,7 +101,10 @@ def read_request(body: bytes, *, served: str) -> ChatRequest:
     _check_keys(request)
     if (model := request.get("model", served)) != served:
         raise RequestError(
-            f"model {shown(model)} is not served here; ask for {served!r}", status=404, param="model", code="model_not_found"
+            f"model {shown(model)} is not served here; ask for {served!r}",
+            status=404,
+            param="model",
+            code="model_not_found",
         )
     messages, tools = _read_conversation(request)
     options = request.get("stream_options", {})

@@ -110,7 +110,9 @@ def build_app(
             gives its own. Empty: any.
         say: gets one line on each answer, without its words.
     """
-    preparing = ThreadPoolExecutor(1, thread_name_prefix="prepare")  # one tokenizer, and a long prompt must not hold the loop
+    preparing = ThreadPoolExecutor(
+        1, thread_name_prefix="prepare"
+    )  # one tokenizer, and a long prompt must not hold the loop
 
     async def complete(request: Request) -> ASGIApp:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
@@ -163,7 +165,9 @@ def _guarded(app: ASGIApp, *, api_key: str | None, own_names: tuple[str, ...]) -
         if api_key is not None:
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), api_key.encode()):
                 said = "the API key is wrong" if key else "this server asks for an API key"
-                answer = _error_response(RequestError(f"{said}; send Authorization: Bearer KEY", status=401, code="invalid_api_key"))
+                answer = _error_response(
+                    RequestError(f"{said}; send Authorization: Bearer KEY", status=401, code="invalid_api_key")
+                )
         elif own_names and (host := _without_port(request.headers.get("host", ""))) not in own_names:
             answer = _error_response(RequestError(f"this server is not called {host!r}", status=403))
         await answer(scope, receive, send)

@@ -35,8 +35,20 @@ def vllm_command(
         InputError: vLLM is not installed, cannot quantise to 8 bits, does not take an adapter of that rank, or the template is unknown.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise InputError("--engine vllm: vLLM is not installed here; pip install vllm on a machine with a GPU, or leave --engine out")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--host", host, "--port", str(port)]
+        raise InputError(
+            "--engine vllm: vLLM is not installed here; pip install vllm on a machine with a GPU, or leave --engine out"
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(folder),
+        "--host",
+        host,
+        "--port",
+        str(port),
+    ]
     command += ["--tensor-parallel-size", str(tensor_parallel_size), "--data-parallel-size", str(data_parallel_size)]
     if adapter is None:
         command += ["--served-model-name", name]
@@ -59,5 +71,7 @@ def _lora_rank(adapter: Path) -> int:
     rank = max([config["r"], *config.get("rank_pattern", {}).values()])
     allowed = next((allowed for allowed in _LORA_RANKS if allowed >= rank), None)
     if allowed is None:
-        raise InputError(f"{adapter}: has rank {rank}, and vLLM takes up to {_LORA_RANKS[-1]}; merge it: course merge BASE ADAPTER OUT")
+        raise InputError(
+            f"{adapter}: has rank {rank}, and vLLM takes up to {_LORA_RANKS[-1]}; merge it: course merge BASE ADAPTER OUT"
+        )
     return allowed
