@@ -97,7 +97,7 @@ def serve(
     listen.Server(app, queue, ready=lambda: _say(ready)).run([listener])
 
 
-def _import_listen():  # noqa: ANN202
+def _import_listen():
     try:
         from course_lib.chat import listen
     except ImportError as error:
