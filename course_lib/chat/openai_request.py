@@ -37,7 +37,7 @@ _READ = {
 # What only the operator of a server wants to know; the answer is the same without it.
 _WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "verbosity"),
+    "verbosity",
 }
 # Keys that are accepted at the value that asks for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -50,6 +50,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
+    "parallel_tool_calls": (True,),
     **dict.fromkeys(("functions", "function_call", "audio", "prediction", "web_search_options", "min_p"), ()),
 }
 

@@ -31,9 +31,13 @@ from starlette.routing import Route
 
 from course_lib.chat.answer_queue import Answer, AnswerQueue, Closed, QueueFull
 from course_lib.chat.generation import Generation, SamplingSettings, stop_ids
+from course_lib.agent.native import Native
+from course_lib.agent.turns import numbered
 from course_lib.chat.openai_request import ChatRequest, RequestError, read_request
+from course_lib.chat.tool_calls import PlainWords, WordsAndCalls
 from course_lib.data.conversation import RowError
 from course_lib.data.tokenize import encode_prompt
+from course_lib.errors import InputError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,15 +69,20 @@ class Served:
         self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.started = int(time.time())
         self._stop_ids = stop_ids(model, template, tokenizer)
+        self._native: Native | None = None  # found when the first client brings tools
 
     def prompt(self, asked: ChatRequest) -> tuple[list[int], SamplingSettings]:
         """Token ids to feed, and settings under which the answer fits into the context.
 
         Raises:
-            RequestError: the template refuses the conversation, or prompt and answer do not fit.
+            RequestError: the template refuses the conversation or has no form for tools that can be read back, or prompt and
+                answer do not fit.
         """
+        if asked.tools and self._native is None:
+            self._native = self._read_native()
         try:
-            ids = encode_prompt(asked.messages, self.template, self.tokenizer, asked.tools)
+            messages = numbered({"messages": asked.messages})["messages"]  # calls and results belong together
+            ids = encode_prompt(messages, self.template, self.tokenizer, asked.tools)
         except RowError as error:
             raise RequestError(f"this conversation cannot be rendered: {error}", param="messages") from None
         room = UNASKED_TOKENS if self.context is None else self.context - len(ids)
@@ -87,11 +96,33 @@ class Served:
             )
         return ids, asked.settings(asked.max_tokens or min(room, UNASKED_TOKENS))
 
-    def generation(self, prompt: list[int], sampling: SamplingSettings, stop_texts: tuple[str, ...]) -> Generation:
+    def generation(self, asked: ChatRequest, prompt: list[int], sampling: SamplingSettings) -> Generation:
         """The answer to a prompt, not begun yet."""
         return Generation(
-            self.model, self.tokenizer, prompt, stop_ids=self._stop_ids, sampling=sampling, stop_texts=stop_texts
+            self.model,
+            self.tokenizer,
+            prompt,
+            stop_ids=self._stop_ids,
+            sampling=sampling,
+            stop_texts=asked.stop_texts,
+            skip_special_tokens=not asked.tools,
         )
+
+    def reader(self, asked: ChatRequest) -> PlainWords:
+        """What makes words and tool calls of the pieces of an answer."""
+        if not asked.tools:
+            return PlainWords()
+        assert self._native is not None
+        return WordsAndCalls(self._native, [str(self.tokenizer.decode([token])) for token in self._stop_ids])
+
+    def _read_native(self) -> Native:
+        try:
+            return Native.of(self.template, self.tokenizer)
+        except InputError:
+            raise RequestError(
+                f"{self.template.name} template has no form for tools that can be read back; leave tools out",
+                param="tools",
+            ) from None
 
 
 def build_app(
@@ -218,7 +249,7 @@ class _Completion:
     async def _in_place(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked, prompt, sampling = await self._read()
         try:
-            answer = self.queue.ask(partial(self.served.generation, prompt, sampling, asked.stop_texts))
+            answer = self.queue.ask(partial(self.served.generation, asked, prompt, sampling))
         except Closed as error:
             raise RequestError(str(error), status=503) from None
         sending = self._stream if asked.stream else self._whole
@@ -256,12 +287,17 @@ class _Completion:
     async def _whole(
         self, asked: ChatRequest, answer: Answer, prompt_tokens: int, scope: Scope, receive: Receive, send: Send
     ) -> None:
+        reader = self.served.reader(asked)
         try:
-            text = "".join([piece async for piece in answer.pieces()])
+            text = "".join([reader.words(piece) async for piece in answer.pieces()])
         except Exception as error:
             await _error_response(_failure(error))(scope, receive, send)
             return
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": _finish(answer)}
+        rest, calls = reader.end()
+        message: dict[str, Any] = {"role": "assistant", "content": text + rest}
+        if calls:
+            message |= {"content": message["content"] or None, "tool_calls": calls}
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls else _finish(answer)}
         body = {**self.base, "object": "chat.completion", "choices": [choice], "usage": _usage(answer, prompt_tokens)}
         await JSONResponse(body)(scope, receive, send)
 
@@ -282,14 +318,23 @@ class _Completion:
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             return _event({**self.base, "object": "chat.completion.chunk", "choices": [choice]})
 
+        reader = self.served.reader(asked)
         yield chunk({"role": "assistant", "content": ""})
         try:
             async for piece in answer.pieces(patience=SIGN_OF_LIFE_SECONDS):
-                yield chunk({"content": piece}) if piece else b": waiting\n\n"
+                if words := reader.words(piece):
+                    yield chunk({"content": words})
+                elif not piece:
+                    yield b": waiting\n\n"
         except Exception as error:
             yield _event(_failure(error).body)
             return
-        yield chunk({}, _finish(answer))
+        rest, calls = reader.end()
+        if rest:
+            yield chunk({"content": rest})
+        if calls:
+            yield chunk({"tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]})
+        yield chunk({}, "tool_calls" if calls else _finish(answer))
         if asked.include_usage:
             usage = _usage(answer, prompt_tokens)
             yield _event({**self.base, "object": "chat.completion.chunk", "choices": [], "usage": usage})

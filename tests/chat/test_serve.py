@@ -164,7 +164,9 @@ def test_sampling_settings_are_honoured(running: Running, loaded: tuple[Any, Any
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"presence_penalty": 0.5}, "presence_penalty 0.5 is not supported"),
         ({"tool_choice": "required"}, "tool_choice 'required' is not supported"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no form for tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no form for tools that can be read back"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls False is not supported"),
+        ({"messages": [*HELLO, {"role": "tool", "tool_call_id": "a", "content": "3"}]}, "a tool turn that follows no turn"),
         ({"tools": [{"type": "function"}]}, "tool 1 is not"),
         ({"extra_body": {"temprature": 1}}, "'temprature' is unknown; did you mean temperature"),
         ({"extra_body": {"stream": "yes"}}, "stream is 'yes'; it must be true or false"),
@@ -175,6 +177,62 @@ def test_a_wrong_request_is_told_what_is_wrong(running: Running, options: dict[s
         ask(running, **options)
     assert says in caught.value.body["message"]
     assert caught.value.body["type"] == "invalid_request_error"
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after", "key"),
+    [
+        ("qwen_chat", "<tool_call>\n", "\n</tool_call>", "arguments"),
+        ("internlm2_chat", "<|action_start|><|plugin|>\n", "<|action_end|>", "parameters"),
+    ],
+)
+def test_tools_are_rendered_and_calls_are_read_back(
+    loaded: tuple[Any, Any], template: str, before: str, after: str, key: str
+) -> None:
+    call = before + json.dumps({"name": "get_weather", key: {"city": "Oslo"}}) + after
+    with serving(loaded, template=template) as running:
+        asked = {"tools": [WEATHER], "max_tokens": 400, "tool_choice": "auto"}
+        untooled = ask(running, max_tokens=1).usage.prompt_tokens
+        with model_says(loaded, "I look.\n" + call):
+            choice = ask(running, **asked).choices[0]
+            text, chunks = streamed(running, **asked)
+        assert (choice.message.content, choice.finish_reason) == ("I look.", "tool_calls")
+        assert text == "I look."
+        (sent,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
+        for one in (choice.message.tool_calls[0], sent[0]):
+            assert (one.function.name, json.loads(one.function.arguments)) == ("get_weather", {"city": "Oslo"})
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        result = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "-3 degrees"}
+        history = [*HELLO, choice.message.model_dump(exclude_none=True), result]
+        with model_says(loaded, " -3 < 0 \n"):
+            last = ask(running, **{**asked, "messages": history})
+            assert (
+                streamed(running, **{**asked, "messages": history})[0]
+                == last.choices[0].message.content
+                == " -3 < 0 \n"
+            )
+        assert last.choices[0].finish_reason == "stop"
+        assert last.usage.prompt_tokens > ask(running, tools=[WEATHER], max_tokens=1).usage.prompt_tokens > untooled
+        with model_says(loaded, before + "{not JSON" + after):
+            broken = ask(running, **asked).choices[0]
+        assert (broken.message.content, broken.message.tool_calls) == (before + "{not JSON" + after, None)
+        assert ask(running, **{**asked, "max_tokens": 1, "tool_choice": "none"}).usage.prompt_tokens == untooled
+
+
+def test_special_tokens_are_left_out_of_words_but_seen_where_they_may_mark_calls(loaded: tuple[Any, Any]) -> None:
+    with serving(loaded, template="qwen_chat") as running, model_says(loaded, "a<|im_start|>b"):
+        assert ask(running).choices[0].message.content == "ab"
+        assert ask(running, tools=[WEATHER]).choices[0].message.content == "a<|im_start|>b"
 
 
 def test_settings_that_ask_for_nothing_are_taken(running: Running) -> None:
