@@ -19,6 +19,7 @@ from rich.table import Table
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
 from course_lib.cli_plan import plan
+from course_lib.cli_serve import app as web_app
 from course_lib.cli_serve import serve
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
@@ -320,6 +321,7 @@ def chat(
 
 
 app.command()(serve)
+app.command("app")(web_app)
 
 
 def _print_json(value: Any) -> None:

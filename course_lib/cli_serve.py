@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -82,7 +84,8 @@ def serve(
         environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
         os.execve(command[0], command, environment)
     from course_lib.chat.answer_queue import AnswerQueue
-    from course_lib.chat.serve import Served, build_app
+    from course_lib.chat.serve import build_app
+    from course_lib.chat.served import Served
     from course_lib.data.templates import choose_template
     from course_lib.models import load_model
 
@@ -95,6 +98,41 @@ def serve(
     app = build_app(served, queue, api_key=api_key, own_names=own_names, say=_say)
     ready = f"serving {name} at {listen.url_of(listener)} (Ctrl-C ends it)"
     listen.Server(app, queue, ready=lambda: _say(ready)).run([listener])
+
+
+def app(
+    model: Annotated[str | None, typer.Argument(help="a model's name or folder; a server is started for it")] = None,
+    url: Annotated[str | None, typer.Option(help=f"a server that runs already; default: {DEFAULT_URL}")] = None,
+    adapter: AdapterOption = None,
+    bits: BitsOption = None,
+    template: TemplateOption = "auto",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of the page; 0 takes a free one")] = 8501,
+    api_key: KeyOption = None,
+) -> None:
+    """Chat in the browser, with a model or with any server that has OpenAI's chat API, until Ctrl-C."""
+    if model and url:
+        raise InputError(f"{model} and --url {url}: name a model, or a server that runs already")
+    if not model and (adapter or bits or template != "auto"):
+        raise InputError("--adapter, --bits and --template are for a MODEL; a server that runs already has its own")
+    api_key = _checked_key(api_key)
+    listen = _import_listen()
+    if importlib.util.find_spec("streamlit") is None or importlib.util.find_spec("openai") is None:
+        raise InputError("the web app needs streamlit and openai; install them: pip install 'course-lib[app]'")
+    from course_lib.chat.api_client import check_url
+    from course_lib.chat.web_app import run_page, started_server
+
+    url = check_url(url or DEFAULT_URL)
+    with listen.bind("127.0.0.1", port) as free:
+        port = free.getsockname()[1]
+    if model is None:
+        run_page(url, api_key or "", port=port, say=_say)
+        return
+    options = ["--template", template]
+    options += ["--adapter", str(adapter)] if adapter else []
+    options += ["--bits", str(bits)] if bits else []
+    api_key = api_key or secrets.token_urlsafe(24)
+    with started_server([model, *options], api_key, say=_say) as url:
+        run_page(url, api_key, port=port, say=_say)
 
 
 def _import_listen():

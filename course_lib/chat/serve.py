@@ -30,99 +30,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from course_lib.chat.answer_queue import Answer, AnswerQueue, Closed, QueueFull
-from course_lib.chat.generation import Generation, SamplingSettings, stop_ids
-from course_lib.agent.native import Native
-from course_lib.agent.turns import numbered
+from course_lib.chat.generation import SamplingSettings
 from course_lib.chat.openai_request import ChatRequest, RequestError, read_request
-from course_lib.chat.tool_calls import PlainWords, WordsAndCalls
-from course_lib.data.conversation import RowError
-from course_lib.data.tokenize import encode_prompt
-from course_lib.errors import InputError
+from course_lib.chat.served import Served
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from starlette.types import ASGIApp, Receive, Scope, Send
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from course_lib.data.templates import ChatTemplate
-
-UNASKED_TOKENS = 512  # of an answer whose length the client leaves open, as in `course chat`
 LARGEST_BODY = 8 * 2**20  # bytes
 SECONDS_TO_SEND = 30  # a client's time for its request
 SECONDS_TO_READ = 60  # and for taking what it was sent
 SIGN_OF_LIFE_SECONDS = 10.0  # to a stream on which nothing else comes
 _FINISH = {"end": "stop", "length": "length", "stop": "stop"}
-
-
-class Served:
-    """A model, its name for clients, and how conversations become its prompts."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        template: ChatTemplate,
-        name: str,
-    ) -> None:
-        self.model, self.tokenizer, self.template, self.name = model, tokenizer, template, name
-        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.started = int(time.time())
-        self._stop_ids = stop_ids(model, template, tokenizer)
-        self._native: Native | None = None  # found when the first client brings tools
-
-    def prompt(self, asked: ChatRequest) -> tuple[list[int], SamplingSettings]:
-        """Token ids to feed, and settings under which the answer fits into the context.
-
-        Raises:
-            RequestError: the template refuses the conversation or has no form for tools that can be read back, or prompt and
-                answer do not fit.
-        """
-        if asked.tools and self._native is None:
-            self._native = self._read_native()
-        try:
-            messages = numbered({"messages": asked.messages})["messages"]  # calls and results belong together
-            ids = encode_prompt(messages, self.template, self.tokenizer, asked.tools)
-        except RowError as error:
-            raise RequestError(f"this conversation cannot be rendered: {error}", param="messages") from None
-        room = UNASKED_TOKENS if self.context is None else self.context - len(ids)
-        if room < (asked.max_tokens or 1):
-            answer = f"{asked.max_tokens} tokens of answer" if asked.max_tokens else "an answer"
-            raise RequestError(
-                f"the prompt is too long: {len(ids)} tokens, and with {answer} it does not fit into the context of "
-                f"{self.context}; shorten the messages, or lower max_tokens",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        return ids, asked.settings(asked.max_tokens or min(room, UNASKED_TOKENS))
-
-    def generation(self, asked: ChatRequest, prompt: list[int], sampling: SamplingSettings) -> Generation:
-        """The answer to a prompt, not begun yet."""
-        return Generation(
-            self.model,
-            self.tokenizer,
-            prompt,
-            stop_ids=self._stop_ids,
-            sampling=sampling,
-            stop_texts=asked.stop_texts,
-            skip_special_tokens=not asked.tools,
-        )
-
-    def reader(self, asked: ChatRequest) -> PlainWords:
-        """What makes words and tool calls of the pieces of an answer."""
-        if not asked.tools:
-            return PlainWords()
-        assert self._native is not None
-        return WordsAndCalls(self._native, [str(self.tokenizer.decode([token])) for token in self._stop_ids])
-
-    def _read_native(self) -> Native:
-        try:
-            return Native.of(self.template, self.tokenizer)
-        except InputError:
-            raise RequestError(
-                f"{self.template.name} template has no form for tools that can be read back; leave tools out",
-                param="tools",
-            ) from None
 
 
 def build_app(

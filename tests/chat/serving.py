@@ -11,7 +11,8 @@ from typing import Any
 
 from course_lib.chat.answer_queue import AnswerQueue
 from course_lib.chat.listen import Server, bind, url_of
-from course_lib.chat.serve import Served, build_app
+from course_lib.chat.serve import build_app
+from course_lib.chat.served import Served
 from course_lib.data.templates import choose_template
 
 

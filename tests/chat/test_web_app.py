@@ -1,0 +1,218 @@
+"""The web app: its page run by streamlit's own test harness, and in a real browser against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import Running, eventually, model_says, serving
+
+from course_lib.chat.api_client import ApiAnswer, check_url, list_models
+from course_lib.chat.web_app import PAGE
+from course_lib.errors import CourseError, InputError
+
+NOWHERE = "http://127.0.0.1:9/v1"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> tuple[Any, Any]:
+    from course_lib.models import load_model
+
+    return load_model(tiny)
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run the page's script against a server."""
+    from streamlit.testing.v1 import AppTest
+
+    def run(url: str, key: str = "") -> Any:
+        monkeypatch.setenv("COURSE_URL", url)
+        monkeypatch.setenv("COURSE_API_KEY", key)
+        return AppTest.from_file(str(PAGE), default_timeout=30).run()
+
+    return run
+
+
+def test_a_missing_server_is_a_message_in_the_page(page: Callable[..., Any]) -> None:
+    shown = page(NOWHERE)
+    assert not shown.exception
+    assert [error.value for error in shown.error] == [
+        f"No server answers at {NOWHERE}; start one with: course serve MODEL."
+    ]
+
+
+def test_a_wrong_key_is_a_message_in_the_page_and_the_right_one_opens_it(
+    page: Callable[..., Any], loaded: tuple[Any, Any]
+) -> None:
+    with serving(loaded, api_key="right") as running, model_says(loaded, "hi"):
+        shown = page(running.url, "wrong")
+        assert [error.value for error in shown.error] == [
+            f"The server at {running.url} refuses the API key; give the right one, here or as COURSE_API_KEY."
+        ]
+        shown.text_input[0].set_value("right").run()
+        assert not shown.error
+        assert shown.selectbox[0].options == ["tiny"]
+
+
+def test_a_conversation_goes_on_and_is_kept(page: Callable[..., Any], loaded: tuple[Any, Any]) -> None:
+    with serving(loaded) as running:
+        shown = page(running.url)
+        shown.text_area[0].set_value("be brief").run()
+        with model_says(loaded, "a ![picture](http://evil.example/x.png)"):
+            shown.chat_input[0].set_value("hello").run()
+        assert not shown.exception
+        assert [message.markdown[0].value for message in shown.chat_message] == [
+            "hello",
+            "a \\![picture](http://evil.example/x.png)",
+        ]
+        first = int(running.lines[-1].split()[0])
+        with model_says(loaded, "again"):
+            shown.chat_input[0].set_value("and?").run()
+        assert [message.markdown[0].value for message in shown.chat_message][2:] == ["and?", "again"]
+        assert int(running.lines[-1].split()[0]) > first  # the history went along
+
+
+def test_what_the_server_refuses_is_told_and_can_be_tried_again(
+    page: Callable[..., Any], loaded: tuple[Any, Any]
+) -> None:
+    with serving(loaded) as running:
+        shown = page(running.url)
+        shown.number_input[0].set_value(5000).run()
+        shown.chat_input[0].set_value("hello").run()
+        assert "does not fit into the context of 2048" in shown.error[0].value
+        shown.number_input[0].set_value(20).run()
+        (again,) = [button for button in shown.button if button.label == "Try again"]
+        with model_says(loaded, "now"):
+            again.click().run()
+        assert [message.markdown[0].value for message in shown.chat_message] == ["hello", "now"]
+        assert not shown.error
+
+
+def test_leaving_an_answer_ends_it_at_the_server(loaded: tuple[Any, Any]) -> None:
+    with serving(loaded) as running, model_says(loaded, "word ", end=False, delay=0.01):
+        with ApiAnswer(running.url, "", model="tiny", messages=HELLO, max_tokens=1500) as first:
+            assert next(piece for piece in first.pieces(patience=0.1) if piece) == "w"
+            with ApiAnswer(running.url, "", model="tiny", messages=HELLO) as second:  # waits in line
+                assert next(second.pieces(patience=0.1)) == ""
+            assert running.said("a client left before its turn came")
+        assert running.said("its client left")
+
+
+def test_what_went_wrong_is_told_in_a_line(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(CourseError, match="no server answers at http://127.0.0.1:9/v1"):
+        list_models(NOWHERE, "")
+    with serving(loaded) as running:
+        assert list_models(running.url, "") == ["tiny"]
+        with pytest.raises(CourseError, match="GET /models: Not Found"):
+            list_models(running.url.removesuffix("/v1"), "")
+        with (
+            pytest.raises(CourseError, match="the server says: model 'gpt-4' is not served here"),
+            ApiAnswer(running.url, "", model="gpt-4", messages=HELLO) as answer,
+        ):
+            list(answer.pieces(patience=1))
+    for wrong in ("", "127.0.0.1:8000", "ftp://host/v1", "http://", "http://host:port", "http://[::1"):
+        with pytest.raises(InputError, match=r"is no server's address"):
+            check_url(wrong)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def running(loaded: tuple[Any, Any]) -> Iterator[Running]:
+    with serving(loaded) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(running: Running) -> Iterator[str]:
+    """Where `course app` shows its page."""
+    command = [sys.executable, "-m", "course_lib.cli", "app", "--url", running.url, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COURSE_API_KEY": ""}) as app:
+        assert app.stderr is not None
+        yield app.stderr.readline().split()[1]
+        app.terminate()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_chat_in_a_browser(
+    chromium: Any, running: Running, loaded: tuple[Any, Any], address: str, scheme: Any, tmp_path: Path
+) -> None:
+    """An answer streams in, Stop stops it, the transcript is what was said; nobody else is contacted; axe finds no serious fault."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    context = chromium.new_context(color_scheme=scheme, viewport={"width": 1100, "height": 800})
+    page = context.new_page()
+    hosts, errors = set(), []
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    assert eventually(lambda: _opens(page, address), within=30)
+    box = page.get_by_test_id("stChatInputTextArea")
+    messages = page.get_by_test_id("stChatMessage")
+    with model_says(loaded, "Paris is the **capital** of France.", delay=0.01):
+        box.fill("What is the capital of France?")
+        box.press("Enter")
+        page.get_by_text("capital of France.", exact=False).nth(0).wait_for()
+        page.get_by_role("button", name="Stop").wait_for(state="hidden")
+    assert "Paris is the capital of France." in messages.nth(1).inner_text()
+    assert messages.nth(1).locator("strong").inner_text() == "capital"
+    lines = len(running.lines)
+    with model_says(loaded, "on and on ", end=False, delay=0.02):
+        box.fill("Go on")
+        box.press("Enter")
+        messages.nth(3).get_by_text("on and on on and").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        assert eventually(lambda: any("its client left" in line for line in running.lines[lines:]), within=3)
+        page.get_by_role("button", name="Stop").wait_for(state="hidden")
+    written = messages.nth(3).inner_text()
+    assert "on and on on and" in written
+    page.wait_for_function("!document.querySelector('[data-testid=stChatInputTextArea]').disabled")
+    if shots := os.environ.get("COURSE_SCREENSHOTS"):
+        page.screenshot(path=Path(shots) / f"web_app_{scheme}.png")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download transcript").click()
+    download.value.save_as(tmp_path / "transcript.jsonl")
+    (row,) = map(json.loads, (tmp_path / "transcript.jsonl").read_text(encoding="utf-8").splitlines())
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 2
+    assert row["messages"][1]["content"] == "Paris is the **capital** of France."
+    violations = Axe().run(page).response["violations"]
+    serious = [one for one in violations if one["impact"] in ("serious", "critical")]
+    assert not serious, [(one["id"], one["nodes"][0]["html"][:200]) for one in serious]
+    dark = page.evaluate("getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")
+    assert (sum(map(int, dark[4:-1].split(","))) < 200) == (scheme == "dark")
+    page.get_by_role("button", name="New chat").click()
+    messages.nth(0).wait_for(state="detached")
+    assert (hosts, errors) == ({"127.0.0.1"}, [])
+    context.close()
+
+
+def _opens(page: Any, address: str) -> bool:
+    """Whether the page is there; streamlit takes seconds to listen."""
+    from playwright.sync_api import Error
+
+    try:
+        page.goto(address)
+    except Error:
+        return False
+    page.get_by_test_id("stChatInputTextArea").wait_for()
+    return True
