@@ -1,13 +1,11 @@
-"""Answers of a server with OpenAI's chat API, read by a thread, so that whoever shows them can look up and stop at any time."""
+"""Answers of a server with OpenAI's chat API, read by a thread: whoever shows one can look up, go, come again, and stop it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,52 +68,36 @@ def told(error: Exception, url: str) -> CourseError:
 
 
 class ApiAnswer:
-    """One answer from a server: `with` it, iterate over `pieces`; leaving ends it there too."""
+    """One answer from a server, asked for at once: `text` is what came of it, `failure` why no more comes."""
 
     def __init__(
         self, url: str, api_key: str, *, model: str, messages: Sequence[Mapping[str, Any]], **sampling: Any
     ) -> None:
+        self.text = ""
+        self.failure: CourseError | None = None
         self._url, self._key = url, api_key
         self._request: dict[str, Any] = {"model": model, "messages": list(messages), "stream": True, **sampling}
-        self._pieces: SimpleQueue[str | Exception | None] = SimpleQueue()
+        self._ended = threading.Event()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="api answer", daemon=True)
-
-    def __enter__(self) -> ApiAnswer:
         self._reading = self._loop.create_task(self._read())
-        self._thread.start()
-        return self
+        threading.Thread(target=self._run, name="api answer", daemon=True).start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with suppress(RuntimeError):  # the loop is closed: all was read
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for its end, at most so long; return whether it has ended."""
+        return self._ended.wait(seconds)
+
+    def stop(self) -> None:
+        """Break off, which the server sees, and so ends the answer there."""
+        with suppress(RuntimeError):  # the loop is closed: it has ended
             self._loop.call_soon_threadsafe(self._reading.cancel)
-        self._thread.join()
-
-    def pieces(self, *, patience: float) -> Iterator[str]:
-        """Yield the pieces of the answer as they come, and an empty one whenever nothing came for `patience` seconds.
-
-        Raises:
-            CourseError: the server does not answer, refuses, or breaks off.
-        """
-        while True:
-            try:
-                piece = self._pieces.get(timeout=patience)
-            except Empty:
-                piece = ""
-            if piece is None:
-                return
-            if isinstance(piece, Exception):
-                raise told(piece, self._url) from piece
-            yield piece
 
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(asyncio.wait([self._reading]))
-        finally:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
             self._loop.close()
+            self._ended.set()
 
     async def _read(self) -> None:
         import openai
@@ -127,10 +109,9 @@ class ApiAnswer:
             ):
                 async for chunk in stream:
                     if chunk.choices and (piece := chunk.choices[0].delta.content):
-                        self._pieces.put(piece)
-            self._pieces.put(None)
+                        self.text += piece
         except Exception as error:
-            self._pieces.put(error)
+            self.failure = told(error, self._url)
 
 
 def _client(kind: Any, url: str, api_key: str) -> Any:

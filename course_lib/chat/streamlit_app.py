@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +16,43 @@ import streamlit as st
 from course_lib.chat.api_client import ApiAnswer, list_models
 from course_lib.errors import CourseError
 
-LOOK_UP_SECONDS = 0.2  # how soon Stop is seen while nothing comes
+SECONDS_A_FRAME = 0.05
 _IMAGE = re.compile(r"!(?=\[[^\]]*\]\()")
 
 
 @dataclass
+class Pending:
+    """A question and the answer that is being written."""
+
+    question: str
+    answer: ApiAnswer
+
+
+@dataclass
 class Conversation:
-    """What is shown. `question` waits for its answer; `failure` says why it has none."""
+    """What is shown. Like an answer being written it outlives the runs of this script, of which two may overlap for a moment."""
 
     messages: list[dict[str, str]]
-    question: str = ""
-    failure: str = ""
+    pending: Pending | None = None
 
-    @property
-    def busy(self) -> bool:
-        return bool(self.question and not self.failure)
+    def keep(self) -> None:
+        """End the pending answer; keep it as far as it came, with its question, or neither where nothing was written."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        pending.answer.stop()
+        if text := pending.answer.text:
+            self.messages += [{"role": "user", "content": pending.question}, {"role": "assistant", "content": text}]
 
-    def answered(self, text: str) -> None:
-        """Keep question and answer, or neither where nothing was written."""
-        if text:
-            self.messages += [{"role": "user", "content": self.question}, {"role": "assistant", "content": text}]
-        self.question = self.failure = ""
+    def clear(self) -> None:
+        """Forget everything."""
+        self.keep()
+        self.messages = []
 
 
 def main() -> None:
     """Draw the page; streamlit calls this anew whenever something was pressed or written."""
-    st.set_page_config(page_title="Course chat", page_icon=":material/chat:")
+    st.set_page_config(page_title="Course chat")  # an icon of its own would be fetched from another host
     st.title("Chat")
     chat: Conversation = st.session_state.setdefault("chat", Conversation([]))
     url = os.environ.get("COURSE_URL", "http://127.0.0.1:8000/v1")
@@ -52,7 +62,6 @@ def main() -> None:
             value=os.environ.get("COURSE_API_KEY", ""),
             type="password",
             help=f"What the server at {url} asks for; empty if it asks for none.",
-            disabled=chat.busy,
         )
     try:
         models = _models(url, key)
@@ -61,38 +70,33 @@ def main() -> None:
         st.button("Try again")
         st.stop()
     with st.sidebar:
-        asked = _settings(models, disabled=chat.busy)
-        system = st.text_area("System prompt", disabled=chat.busy, help="Holds from the next message on.")
-        opening = [{"role": "system", "content": system}] if system.strip() else []
-        if st.button("New chat", icon=":material/refresh:", disabled=chat.busy or not chat.messages, width="stretch"):
-            st.session_state["chat"] = Conversation([])
-            st.rerun()
-        st.download_button(
-            "Download transcript",
-            data=json.dumps({"messages": [*opening, *chat.messages]}, ensure_ascii=False) + "\n",
-            file_name="transcript.jsonl",
-            mime="application/jsonl",
-            icon=":material/download:",
-            disabled=chat.busy or not chat.messages,
-            help="One row in the form `messages`, ready for training.",
-            width="stretch",
-            on_click="ignore",
-        )
+        settings = _settings(models)
+        system = st.text_area("System prompt", help="Holds from the next message on.")
+    opening = [{"role": "system", "content": system}] if system.strip() else []
+
+    def ask(question: str) -> None:
+        chat.keep()
+        messages = [*opening, *chat.messages, {"role": "user", "content": question}]
+        chat.pending = Pending(question, ApiAnswer(url, key, messages=messages, **settings))
+
+    if question := st.chat_input("Write a message"):
+        ask(question)
+    if chat.pending and chat.pending.answer.wait(0) and not chat.pending.answer.failure:
+        chat.keep()
+    with st.sidebar:
+        _tools(chat, opening)
     for message in chat.messages:
         _show(message["role"], message["content"])
-    if not chat.messages and not chat.question:
-        st.caption(f"{asked['model']} at {url}. Write a message below.")
-    if chat.question:
-        _show("user", chat.question)
-    if chat.failure:
-        st.error(chat.failure, icon=":material/error:")
-        st.button("Try again", on_click=lambda: setattr(chat, "failure", ""))
-    if question := st.chat_input("Write a message", disabled=chat.busy):
-        chat.question, chat.failure = question, ""
-        st.rerun()
-    if chat.busy:
-        _answer(chat, ApiAnswer(url, key, messages=[*opening, *_history(chat)], **asked))
-        st.rerun()
+    if not chat.messages and not chat.pending:
+        st.caption(f"{settings['model']} at {url}. Write a message below.")
+    if pending := chat.pending:
+        _show("user", pending.question)
+        _follow(chat, pending)
+        if failure := pending.answer.failure:
+            st.error(_sentence(failure), icon=":material/error:")
+            st.button("Try again", on_click=ask, args=(pending.question,))
+        else:
+            st.rerun()
 
 
 @st.cache_data(ttl=10, show_spinner=False)
@@ -100,46 +104,51 @@ def _models(url: str, key: str) -> list[str]:
     return list_models(url, key)
 
 
-def _settings(models: list[str], *, disabled: bool) -> dict[str, Any]:
+def _settings(models: list[str]) -> dict[str, Any]:
     """The model and how its tokens are chosen, as the API has them."""
-    model = st.selectbox("Model", models, disabled=disabled)
-    temperature = st.slider(
-        "Temperature", 0.0, 2.0, 0.0, 0.1, disabled=disabled, help="0 always takes the likeliest token."
+    settings: dict[str, Any] = {
+        "model": st.selectbox("Model", models),
+        "max_tokens": st.number_input("Most tokens", 1, 32768, 256, help="Where an answer is cut."),
+        "temperature": st.number_input("Temperature", 0.0, 2.0, 0.0, 0.1, help="0 always takes the likeliest token."),
+    }
+    if settings["temperature"] > 0:
+        settings["top_p"] = st.number_input(
+            "Top p", 0.05, 1.0, 1.0, 0.05, help="Only the likeliest tokens of this share."
+        )
+        seed = st.number_input("Seed", 0, 2**31 - 1, None, help="The same one gives the same answer.")
+        settings |= {} if seed is None else {"seed": seed}
+    return settings
+
+
+def _tools(chat: Conversation, opening: list[dict[str, str]]) -> None:
+    st.button("New chat", icon=":material/refresh:", on_click=chat.clear, width="stretch")
+    st.download_button(
+        "Download transcript",
+        data=json.dumps({"messages": [*opening, *chat.messages]}, ensure_ascii=False) + "\n",
+        file_name="transcript.jsonl",
+        mime="application/jsonl",
+        icon=":material/download:",
+        disabled=not chat.messages,
+        width="stretch",
+        on_click="ignore",
     )
-    top_p = st.slider("Top p", 0.05, 1.0, 1.0, 0.05, disabled=disabled or temperature == 0)
-    max_tokens = st.number_input("Most tokens", 1, 32768, 256, disabled=disabled, help="Where an answer is cut.")
-    seed = st.number_input(
-        "Seed", 0, 2**31 - 1, None, disabled=disabled or temperature == 0, help="The same one gives the same answer."
-    )
-    sampling = {"temperature": temperature, "max_tokens": max_tokens}
-    if temperature > 0:
-        sampling |= {"top_p": top_p} | ({} if seed is None else {"seed": seed})
-    return {"model": model, **sampling}
 
 
-def _history(chat: Conversation) -> list[Mapping[str, str]]:
-    return [*chat.messages, {"role": "user", "content": chat.question}]
-
-
-def _answer(chat: Conversation, answer: ApiAnswer) -> None:
-    """Show an answer as it comes. Stop, or a page that is left, ends this run of the script; what was read stays."""
-    text = failure = ""
+def _follow(chat: Conversation, pending: Pending) -> None:
+    """Show an answer as it comes, to its end. Whatever is pressed meanwhile begins another run of the script, and ends this one."""
     with st.chat_message("assistant"):
         shown = st.empty()
-    st.button("Stop", icon=":material/stop:", type="primary")
-    try:
-        with answer:
-            shown.markdown("…")
-            for piece in answer.pieces(patience=LOOK_UP_SECONDS):
-                text += piece
-                shown.markdown(_shown(text) or "…")
-    except CourseError as error:
-        failure = _sentence(error)
-    finally:
-        if failure:
-            chat.failure = failure
-        else:
-            chat.answered(text)
+    button = st.empty()
+    if not pending.answer.wait(0):
+        button.button("Stop", icon=":material/stop:", on_click=chat.keep)
+    while True:
+        ended = pending.answer.wait(SECONDS_A_FRAME)
+        shown.markdown(_shown(pending.answer.text) or "…")
+        if ended:
+            break
+    button.empty()
+    if not pending.answer.failure and chat.pending is pending:
+        chat.keep()
 
 
 def _show(role: str, text: str) -> None:
