@@ -119,11 +119,12 @@ def app(
     if importlib.util.find_spec("streamlit") is None or importlib.util.find_spec("openai") is None:
         raise InputError("the web app needs streamlit and openai; install them: pip install 'course-lib[app]'")
     from course_lib.chat.api_client import check_url
-    from course_lib.chat.web_app import run_page, started_server
+    from course_lib.chat.web_app import end_on_sigterm, run_page, started_server
 
     url = check_url(url or DEFAULT_URL)
     with listen.bind("127.0.0.1", port) as free:
         port = free.getsockname()[1]
+    end_on_sigterm()
     if model is None:
         run_page(url, api_key or "", port=port, say=_say)
         return

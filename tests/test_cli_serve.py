@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from course_runner import Course
+
+from course_lib.chat.api_client import ApiAnswer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -51,6 +54,19 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(course: Course) -> Non
         2,
         f"course: --port {port}: is in use on 127.0.0.1; choose another, or 0 for a free one\n",
     )
+
+
+def test_what_is_not_installed_is_told_in_one_line(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "course_lib.chat.listen", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = course("serve", "tiny")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "course: serving needs uvicorn; install it: pip install 'course-lib[serve]'\n",
+    )
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "streamlit", None)
+    assert "the web app needs streamlit and openai; install them" in course("app", "--port", "0").stderr
 
 
 @contextmanager
@@ -93,11 +109,47 @@ def test_a_signal_ends_it_within_seconds_and_clients_are_told(tiny: Path, number
 def test_a_server_killed_in_mid_stream_is_a_clear_error(tiny: Path) -> None:
     with served() as (process, url):
         stream = long_stream(url)
+        in_the_page = ApiAnswer(url, "", model="tiny", messages=HELLO, max_tokens=1900)
         process.kill()
         with pytest.raises(openai.APIConnectionError, match="Connection error"):
             list(stream)
+        assert in_the_page.wait(10)
+        assert str(in_the_page.failure).startswith(f"no server answers at {url}")
         with pytest.raises(openai.APIConnectionError):
             long_stream(url)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tiny", "--url", "http://127.0.0.1:1/v1"], "tiny and --url http://127.0.0.1:1/v1: name a model, or a server"),
+        (["--adapter", "mine"], "--adapter, --bits and --template are for a MODEL"),
+        (["--url", "127.0.0.1:8000"], "'127.0.0.1:8000' is no server's address; it has the form http://"),
+        (["no-such-model", "--port", "0"], "model 'no-such-model' is unknown"),
+    ],
+)
+def test_what_the_app_refuses(course: Course, arguments: list[str], says: str) -> None:
+    result = course("app", *arguments)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert result.stderr.startswith(f"course: {says}")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_app_and_the_server_beside_it_end_together(tiny: Path, number: int, status: int) -> None:
+    command = [sys.executable, "-m", "course_lib.cli", "app", "tiny", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as app:
+        assert app.stderr is not None
+        line = app.stderr.readline()
+        assert line.startswith("open http://127.0.0.1:"), line
+        url = line.split()[-1]
+        with pytest.raises(openai.AuthenticationError):  # only the page knows the key
+            openai.OpenAI(base_url=url, api_key="none", max_retries=0).models.list()
+        children = psutil.Process(app.pid).children(recursive=True)
+        assert len(children) == 2
+        app.send_signal(number)
+        assert app.wait(20) == status
+        assert not psutil.wait_procs(children, timeout=5)[1]
+        assert "Traceback" not in app.stderr.read()
 
 
 def test_vllm_gets_model_adapter_and_gpus_and_the_key_unseen(tiny: Path, tmp_path: Path) -> None:

@@ -111,7 +111,12 @@ class ApiAnswer:
                     if chunk.choices and (piece := chunk.choices[0].delta.content):
                         self.text += piece
         except Exception as error:
-            self.failure = told(error, self._url)
+            broken = isinstance(error, openai.APIConnectionError) and self.text
+            self.failure = (
+                CourseError(f"the connection to {self._url} broke off in mid-answer")
+                if broken
+                else told(error, self._url)
+            )
 
 
 def _client(kind: Any, url: str, api_key: str) -> Any:

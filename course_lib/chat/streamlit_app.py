@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import streamlit as st
@@ -34,10 +35,12 @@ class Conversation:
 
     messages: list[dict[str, str]]
     pending: Pending | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def keep(self) -> None:
         """End the pending answer; keep it as far as it came, with its question, or neither where nothing was written."""
-        pending, self.pending = self.pending, None
+        with self.lock:
+            pending, self.pending = self.pending, None
         if pending is None:
             return
         pending.answer.stop()
@@ -57,15 +60,13 @@ def main() -> None:
     chat: Conversation = st.session_state.setdefault("chat", Conversation([]))
     url = os.environ.get("COURSE_URL", "http://127.0.0.1:8000/v1")
     with st.sidebar:
-        key = st.text_input(
-            "API key",
-            value=os.environ.get("COURSE_API_KEY", ""),
-            type="password",
-            help=f"What the server at {url} asks for; empty if it asks for none.",
-        )
+        # What the environment holds is not written into the page.
+        key = st.text_input("API key", type="password", help="Only where COURSE_API_KEY is not the right one.")
+        key = key or os.environ.get("COURSE_API_KEY", "")
     try:
         models = _models(url, key)
     except CourseError as error:
+        _show_kept(chat)
         st.error(_sentence(error), icon=":material/error:")
         st.button("Try again")
         st.stop()
@@ -85,8 +86,7 @@ def main() -> None:
         chat.keep()
     with st.sidebar:
         _tools(chat, opening)
-    for message in chat.messages:
-        _show(message["role"], message["content"])
+    _show_kept(chat)
     if not chat.messages and not chat.pending:
         st.caption(f"{settings['model']} at {url}. Write a message below.")
     if pending := chat.pending:
@@ -149,6 +149,11 @@ def _follow(chat: Conversation, pending: Pending) -> None:
     button.empty()
     if not pending.answer.failure and chat.pending is pending:
         chat.keep()
+
+
+def _show_kept(chat: Conversation) -> None:
+    for message in chat.messages:
+        _show(message["role"], message["content"])
 
 
 def _show(role: str, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,15 @@ _SETTINGS = {
     "client.toolbarMode": "minimal",
     "client.showErrorDetails": "type",
 }
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception, so that the processes it started end too."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def run_page(url: str, api_key: str, *, port: int, say: Callable[[str], None]) -> None:

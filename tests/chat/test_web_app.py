@@ -111,6 +111,17 @@ def test_stopping_an_answer_ends_it_at_the_server(loaded: tuple[Any, Any]) -> No
             answer.stop()
 
 
+def test_a_server_that_breaks_off_is_told_so_and_what_came_is_there(loaded: tuple[Any, Any]) -> None:
+    with serving(loaded) as running, model_says(loaded, "word ", end=False, delay=0.01):
+        answer = ApiAnswer(running.url, "", model="tiny", messages=HELLO, max_tokens=1500)
+        assert eventually(lambda: answer.text.startswith("word"))
+        for connection in list(running.server.server_state.connections):
+            running.server.servers[0].get_loop().call_soon_threadsafe(connection.transport.abort)
+        assert answer.wait(10)
+        assert str(answer.failure) == f"the connection to {running.url} broke off in mid-answer"
+        assert running.said("its client left")
+
+
 def test_what_went_wrong_is_told_in_a_line(loaded: tuple[Any, Any]) -> None:
     with pytest.raises(CourseError, match="no server answers at http://127.0.0.1:9/v1"):
         list_models(NOWHERE, "")
