@@ -116,7 +116,7 @@ def app(
         raise InputError("--adapter, --bits and --template are for a MODEL; a server that runs already has its own")
     api_key = _checked_key(api_key)
     listen = _import_listen()
-    if importlib.util.find_spec("streamlit") is None or importlib.util.find_spec("openai") is None:
+    if not all(map(_is_installed, ("streamlit", "openai"))):
         raise InputError("the web app needs streamlit and openai; install them: pip install 'course-lib[app]'")
     from course_lib.chat.api_client import check_url
     from course_lib.chat.web_app import end_on_sigterm, run_page, started_server
@@ -134,6 +134,13 @@ def app(
     api_key = api_key or secrets.token_urlsafe(24)
     with started_server([model, *options], api_key, say=_say) as url:
         run_page(url, api_key, port=port, say=_say)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # what is being imported, or kept from it, has no spec
+        return sys.modules[module] is not None
 
 
 def _import_listen():

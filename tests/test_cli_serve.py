@@ -56,17 +56,23 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(course: Course) -> Non
     )
 
 
-def test_what_is_not_installed_is_told_in_one_line(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "command", "says"),
+    [
+        ("uvicorn", "serve", "serving needs uvicorn; install it: pip install 'course-lib[serve]'"),
+        ("streamlit", "app", "the web app needs streamlit and openai; install them: pip install 'course-lib[app]'"),
+    ],
+)
+def test_what_is_not_installed_is_told_in_one_line(
+    course: Course, monkeypatch: pytest.MonkeyPatch, module: str, command: str, says: str
+) -> None:
+    import course_lib.chat
+
+    monkeypatch.delattr(course_lib.chat, "listen", raising=False)
     monkeypatch.delitem(sys.modules, "course_lib.chat.listen", raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    result = course("serve", "tiny")
-    assert (result.returncode, result.stderr) == (
-        2,
-        "course: serving needs uvicorn; install it: pip install 'course-lib[serve]'\n",
-    )
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "streamlit", None)
-    assert "the web app needs streamlit and openai; install them" in course("app", "--port", "0").stderr
+    monkeypatch.setitem(sys.modules, module, None)
+    result = course(command, "tiny", "--port", "0")
+    assert (result.returncode, result.stderr) == (2, f"course: {says}\n")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,12 +74,17 @@ class AnswerStreamer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, stop_texts: Sequence[str] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        hidden: Collection[int] | None = None,
+        *,
+        stop_texts: Sequence[str] = (),
     ) -> None:
+        """`hidden` are the ids that are no text; by default those of all special tokens. Some templates write calls with such."""
         self.ids: list[int] = []
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
         self.stop_texts = StopTexts(stop_texts)
-        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._prompt_seen = False
         self._context_start = 0  # the ids from here to _read_to are the piece before
         self._read_to = 0
@@ -112,9 +117,11 @@ class AnswerStreamer:
             self.pieces.put(piece)
 
     def _decode(self, ids: list[int]) -> str:
+        if self._hidden is not None:
+            ids = [token for token in ids if token not in self._hidden]
         # Cleaned-up spaces would not encode to the ids that the model wrote.
-        skip = self._skip_special_tokens
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
+        options = {"skip_special_tokens": self._hidden is None, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(ids, **options))
 
 
 class StopTexts:
@@ -148,8 +155,7 @@ class StopTexts:
 class Generation:
     """One answer in the making: iterate over it for its pieces; `stop` from any thread or signal handler; then `close`.
 
-    The answer ends before the first of `stop_texts`. With `skip_special_tokens` false their texts are in the pieces, that of the
-    one that ends the answer too: some templates mark tool calls by them.
+    It ends before the first of `stop_texts`, which is no part of it.
     """
 
     def __init__(
@@ -160,13 +166,14 @@ class Generation:
         *,
         stop_ids: Sequence[int],
         sampling: SamplingSettings,
+        hidden: Collection[int] | None = None,
         stop_texts: Sequence[str] = (),
-        skip_special_tokens: bool = True,
     ) -> None:
+        """`hidden` as `AnswerStreamer` has it."""
         self.seconds = 0.0
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
         self._stop_ids, self._sampling = stop_ids, sampling
-        self._streamer = AnswerStreamer(tokenizer, stop_texts=stop_texts, skip_special_tokens=skip_special_tokens)
+        self._streamer = AnswerStreamer(tokenizer, hidden, stop_texts=stop_texts)
         self._stop_requested = False  # not an Event: setting one in a signal handler can deadlock on its own lock
         self._error: BaseException | None = None
         self._worker = threading.Thread(target=self._work, name="generate", daemon=True)

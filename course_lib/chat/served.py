@@ -74,7 +74,7 @@ class Served:
             stop_ids=self._stop_ids,
             sampling=sampling,
             stop_texts=asked.stop_texts,
-            skip_special_tokens=not asked.tools,
+            hidden=self._stop_ids if asked.tools else None,
         )
 
     def reader(self, asked: ChatRequest) -> PlainWords:
@@ -82,7 +82,7 @@ class Served:
         if not asked.tools:
             return PlainWords()
         assert self._native is not None
-        return WordsAndCalls(self._native, [str(self.tokenizer.decode([token])) for token in self._stop_ids])
+        return WordsAndCalls(self._native)
 
     def _read_native(self) -> Native:
         try:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from course_lib.agent.native import Native
 from course_lib.agent.turns import write_arguments
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 class PlainWords:
@@ -27,11 +24,11 @@ class PlainWords:
 class WordsAndCalls(PlainWords):
     """A turn in the form of a template's tool calls. One that cannot be read is told as the words that it is.
 
-    The pieces must hold the texts of special tokens; `ends` are those that may close the turn.
+    The pieces must hold the texts of special tokens, but not of the one that ends the turn.
     """
 
-    def __init__(self, native: Native, ends: Sequence[str]) -> None:
-        self._native, self._ends = native, ends
+    def __init__(self, native: Native) -> None:
+        self._native = native
         self._text = self._sent = ""
 
     def words(self, piece: str) -> str:
@@ -59,7 +56,4 @@ class WordsAndCalls(PlainWords):
         return rest.rstrip() if self._native.strips else rest, calls
 
     def _turn(self) -> str:
-        text = self._text.lstrip() if self._native.strips else self._text
-        for end in self._ends:
-            text = text.removesuffix(end)
-        return text
+        return self._text.lstrip() if self._native.strips else self._text
