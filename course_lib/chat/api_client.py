@@ -6,10 +6,16 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from course_lib.errors import CourseError, InputError
+
+if TYPE_CHECKING:
+    from openai.types.chat.chat_completion_chunk import ChoiceDelta
+
+    from course_lib.agent.events import Event
+    from course_lib.data.conversation import Message
 
 SECONDS_TO_CONNECT = 5
 SECONDS_TO_ANSWER = 600  # between two pieces: the line may be long
@@ -68,12 +74,17 @@ def told(error: Exception, url: str) -> CourseError:
 
 
 class ApiAnswer:
-    """One answer from a server, asked for at once: `text` is what came of it, `failure` why no more comes."""
+    """One answer from a server, asked for at once: `text` is what came of it, `failure` why no more comes.
+
+    `calls` are the tool calls of the turn, each its name and its arguments as JSON text; complete when it has ended.
+    """
 
     def __init__(
         self, url: str, api_key: str, *, model: str, messages: Sequence[Mapping[str, Any]], **sampling: Any
     ) -> None:
         self.text = ""
+        self.calls: list[dict[str, str]] = []
+        self.steps: list[Event] = []  # an agent has some
         self.failure: CourseError | None = None
         self._url, self._key = url, api_key
         self._request: dict[str, Any] = {"model": model, "messages": list(messages), "stream": True, **sampling}
@@ -90,6 +101,19 @@ class ApiAnswer:
         """Break off, which the server sees, and so ends the answer there."""
         with suppress(RuntimeError):  # the loop is closed: it has ended
             self._loop.call_soon_threadsafe(self._reading.cancel)
+
+    def messages(self) -> list[Message]:
+        """The question and what came of the answer; nothing where nothing came."""
+        return [self._request["messages"][-1], {"role": "assistant", "content": self.text}] if self.text else []
+
+    def _take(self, delta: ChoiceDelta) -> None:
+        self.text += delta.content or ""
+        for part in delta.tool_calls or ():  # a server may send a call in parts
+            while len(self.calls) <= part.index:
+                self.calls.append({"name": "", "arguments": ""})
+            if part.function is not None:
+                self.calls[part.index]["name"] += part.function.name or ""
+                self.calls[part.index]["arguments"] += part.function.arguments or ""
 
     def _run(self) -> None:
         try:
@@ -108,8 +132,8 @@ class ApiAnswer:
                 await client.chat.completions.create(**self._request) as stream,
             ):
                 async for chunk in stream:
-                    if chunk.choices and (piece := chunk.choices[0].delta.content):
-                        self.text += piece
+                    if chunk.choices:
+                        self._take(chunk.choices[0].delta)
         except Exception as error:
             broken = isinstance(error, openai.APIConnectionError) and self.text
             self.failure = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,20 +70,29 @@ def serving(loaded: tuple[Any, Any], *, waiting: int = 32, template: str = "auto
 @contextmanager
 def model_says(loaded: tuple[Any, Any], text: str, *, end: bool = True, delay: float = 0.0) -> Iterator[None]:
     """Make the model write this text, over and over unless it ends, whoever asks; generation itself is the real one."""
+    with model_writes(loaded, [text], end=end, delay=delay):
+        yield
+
+
+@contextmanager
+def model_writes(
+    loaded: tuple[Any, Any], texts: Sequence[str], *, end: bool = True, delay: float = 0.0
+) -> Iterator[None]:
+    """As `model_says`, with one text an answer; the last one for all that follow."""
     import torch
 
     model, tokenizer = loaded
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    script = [*ids, tokenizer.eos_token_id] if end else ids * 1000
-    position = 0
+    written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    scripts = [[*ids, tokenizer.eos_token_id] if end else ids * 1000 for ids in written]
+    answer, position = -1, 0
 
     def force(module: Any, inputs: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal position
+        nonlocal answer, position
         if kwargs["input_ids"].shape[1] > 1:  # a prompt: a new answer begins
-            position = 0
+            answer, position = min(answer + 1, len(scripts) - 1), 0
         time.sleep(delay)
         output.logits = torch.full_like(output.logits, -1e4)
-        output.logits[:, -1, script[position % len(script)]] = 0.0
+        output.logits[:, -1, scripts[answer][position % len(scripts[answer])]] = 0.0
         position += 1
         return output
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Running, eventually, model_says, serving
+from serving import Running, eventually, model_says, model_writes, serving
 
+from course_lib.agent.tools import shipped_tools
+from course_lib.chat.api_agent import AgentAnswer, ApiWriter
 from course_lib.chat.api_client import ApiAnswer, check_url, list_models
 from course_lib.chat.web_app import PAGE
 from course_lib.errors import CourseError, InputError
@@ -95,6 +97,65 @@ def test_what_the_server_refuses_is_told_and_can_be_tried_again(
             again.click().run()
         assert [message.markdown[0].value for message in shown.chat_message] == ["hello", "now"]
         assert not shown.error
+
+
+@pytest.mark.parametrize("protocol", ["react_en", "native"])
+def test_an_agent_calls_tools_here_and_the_steps_are_shown_and_kept(
+    page: Callable[..., Any], loaded: tuple[Any, Any], protocol: str
+) -> None:
+    call, answer = (
+        'Thought: multiply\nAction: calculator\nAction Input: {"expression": "6*7"}',
+        "Final Answer: It is 42.",
+    )
+    if protocol == "native":
+        call = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "6*7"}}\n</tool_call>'
+        answer = "It is 42."
+    with serving(loaded, template="qwen_chat") as running:
+        shown = page(running.url)
+        shown.toggle[0].set_value(True).run()
+        shown.number_input[0].set_value(200).run()
+        shown.selectbox[1].set_value(protocol)
+        for box in shown.checkbox:
+            box.set_value(box.label == "calculator")  # all of them do not fit into the tiny model's context
+        shown.run()
+        with model_writes(loaded, [call, answer]):
+            shown.chat_input[0].set_value("What is 6 times 7?").run()
+        assert not shown.exception
+        assert not shown.error, shown.error[0].value
+        assert shown.chat_message[1].markdown[-1].value == "It is 42."
+        steps = [text.value for text in shown.chat_message[1].expander[0].text]
+        assert steps == [
+            *(["Thought: multiply"] if protocol == "react_en" else []),
+            'Call: calculator {"expression": "6*7"}',
+            "Result: 42",
+        ]
+        chat = shown.session_state["chat"]
+        row = chat.row("")
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant", "tool", "assistant"]
+        assert row["messages"][1]["tool_calls"][0]["id"] == row["messages"][2]["tool_call_id"]
+        assert "calculator" in {tool["function"]["name"] for tool in row["tools"]}
+        shown.toggle[0].set_value(False).run()
+        with model_says(loaded, "Bye."):
+            shown.chat_input[0].set_value("Thanks").run()  # without tools, the same conversation goes on
+        assert not shown.error, shown.error[0].value
+        assert [message.markdown[-1].value for message in shown.chat_message] == [
+            "What is 6 times 7?", "It is 42.", "Thanks", "Bye.",
+        ]  # fmt: skip
+
+
+def test_stopping_an_agent_ends_its_turn_at_the_server(loaded: tuple[Any, Any]) -> None:
+    with serving(loaded) as running, model_says(loaded, "Final Answer: on and on ", end=False, delay=0.01):
+        writer = ApiWriter(running.url, "", model="tiny", max_tokens=500)
+        asked = {"tools": shipped_tools(["calculator"]), "protocol": "react_en", "system": "", "history": []}
+        agent = AgentAnswer(writer, "hello", **asked)
+        assert eventually(lambda: agent.text.startswith("on and"))
+        agent.stop()
+        assert running.said("its client left", within=3)
+        assert [message["role"] for message in agent.messages()] == ["user", "assistant"]
+        agent = AgentAnswer(ApiWriter(NOWHERE, "", model="tiny"), "hello", **asked)
+        assert agent.wait(10)
+        assert "no server answers" in str(agent.failure)
+        assert agent.messages() == []
 
 
 def test_stopping_an_answer_ends_it_at_the_server(loaded: tuple[Any, Any]) -> None:
