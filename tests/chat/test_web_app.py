@@ -273,8 +273,28 @@ def test_a_chat_in_a_browser(
     assert (sum(map(int, dark[4:-1].split(","))) < 200) == (scheme == "dark")
     page.get_by_role("button", name="New chat").click()
     messages.nth(0).wait_for(state="detached")
+    _ask_an_agent(page, loaded)
+    page.get_by_text("Call: calculator").wait_for()
+    assert _serious_faults(page) == []
+    if shots := os.environ.get("COURSE_SCREENSHOTS"):
+        page.screenshot(path=Path(shots) / f"web_app_agent_{scheme}.png")
     assert (hosts, errors) == ({"127.0.0.1"}, [])
     context.close()
+
+
+def _ask_an_agent(page: Any, loaded: tuple[Any, Any]) -> None:
+    page.get_by_test_id("stSidebar").get_by_text("Agent", exact=True).click()
+    for name in ("search", "solve", "clock", "convert_units"):  # all of them do not fit into the tiny model's context
+        label = page.get_by_test_id("stCheckbox").filter(has_text=name)
+        label.click()
+        label.locator("input:not(:checked)").wait_for(state="attached")
+    call = 'Thought: multiply\nAction: calculator\nAction Input: {"expression": "6*7"}'
+    with model_writes(loaded, [call, "Final Answer: It is 42."]):
+        page.get_by_test_id("stChatInputTextArea").fill("What is 6 times 7?")
+        page.get_by_test_id("stChatInputTextArea").press("Enter")
+        page.get_by_text("It is 42.", exact=True).wait_for()
+        page.get_by_role("button", name="Stop").wait_for(state="hidden")
+    page.get_by_text("3 steps").click()
 
 
 def _serious_faults(page: Any) -> list[tuple[str, str]]:
