@@ -326,9 +326,9 @@ def test_a_client_that_leaves_ends_its_answer(loaded: tuple[Any, Any], stream: b
                 lambda: any(answer.generation and answer.generation.new_tokens for answer in running.queue._answers)
             )
         left = time.monotonic()
-        assert running.said("its client left", within=3)
+        assert running.said("its client left")
         assert ask(running, max_tokens=2).usage.completion_tokens == 2
-        assert time.monotonic() - left < 5
+        assert time.monotonic() - left < 10  # 15 s and more, if nobody ended the first
 
 
 def test_a_stream_that_is_closed_ends_its_answer(loaded: tuple[Any, Any]) -> None:
@@ -337,7 +337,7 @@ def test_a_stream_that_is_closed_ends_its_answer(loaded: tuple[Any, Any]) -> Non
         for _, _chunk in zip(range(4), stream, strict=False):
             pass
         stream.close()
-        assert running.said("its client left", within=3)
+        assert running.said("its client left")
 
 
 def test_who_leaves_while_waiting_is_never_answered(loaded: tuple[Any, Any]) -> None:
@@ -346,9 +346,9 @@ def test_who_leaves_while_waiting_is_never_answered(loaded: tuple[Any, Any]) -> 
         next(iter(first))
         with pytest.raises(openai.APITimeoutError):
             running.client(timeout=0.3).chat.completions.create(**LONG)
-        assert running.said("a client left before its turn came", within=3)
+        assert running.said("a client left before its turn came")
         first.close()
-        assert running.said("its client left", within=3)
+        assert running.said("its client left")
         assert len(running.lines) == 2
 
 
