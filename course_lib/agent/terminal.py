@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from course_lib.adapter_record import read_record
 from course_lib.agent.events import Answered, Called, Ended, Malformed, Returned, Thought, Words
@@ -20,9 +20,6 @@ from course_lib.agent.tools import AgentTool, shipped_tools
 from course_lib.agent.turns import write_arguments
 from course_lib.chat.terminal import TerminalChat, interrupt_stops, printable, write
 from course_lib.errors import CourseError, InputError
-
-if TYPE_CHECKING:
-    pass
 
 LONGEST_SHOWN = 300  # characters of a result on stderr
 
