@@ -20,6 +20,8 @@ from course_lib.cli_agent import AgentOption, McpOption, ProtocolOption, ToolsOp
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
 from course_lib.cli_plan import plan
+from course_lib.cli_serve import app as web_app
+from course_lib.cli_serve import serve
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
 
@@ -330,6 +332,10 @@ def chat(
         answer_once(load(), once)
     else:
         chat_terminal(load())
+
+
+app.command()(serve)
+app.command("app")(web_app)
 
 
 def _print_json(value: Any) -> None:
