@@ -28,9 +28,7 @@ def export_original(
 def export_gguf(
     model: Annotated[str, typer.Argument(help="a whole model's name or folder; merge an adapter first")],
     out: Annotated[Path, typer.Argument(help="the file to write, *.gguf; a Modelfile comes beside it")],
-    number_format: Annotated[
-        str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_0")
-    ] = "q8_0",
+    number_format: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_0")] = "q8_0",
 ) -> None:
     """Write a model as a GGUF file for llama.cpp and Ollama, with its tokenizer and chat template; prints the file."""
     from course_lib.export.gguf import export_gguf

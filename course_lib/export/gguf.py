@@ -159,9 +159,15 @@ def _config(folder: Path) -> PretrainedConfig:
         refused.append("attention_bias")
     rope = config.rope_parameters
     known = ROPE_KEYS.get(rope.get("rope_type", ""), set())
-    refused += [f"{key} {value!r} of the rotary embedding" for key, value in rope.items() if key not in known and value is not None]
+    refused += [
+        f"{key} {value!r} of the rotary embedding"
+        for key, value in rope.items()
+        if key not in known and value is not None
+    ]
     if refused:
-        raise InputError(f"{folder}: {refused[0]} is not in llama.cpp's {ARCHITECTURES[kind]}, so it cannot be exported")
+        raise InputError(
+            f"{folder}: {refused[0]} is not in llama.cpp's {ARCHITECTURES[kind]}, so it cannot be exported"
+        )
     return config
 
 
@@ -224,17 +230,15 @@ def _plan(folder: Path, config: PretrainedConfig, type: str) -> list[_Planned]:
     with torch.device("meta"):
         parameters = dict(AutoModelForCausalLM.from_config(config).named_parameters())  # a tied head is not among them
     stored, layout = stored_tensors(folder, quantised=False), layout_of(folder)
-    found = {
-        parameter: (name, part)
-        for name in stored
-        for part, parameter in enumerate(layout.names(name))
-    }
+    found = {parameter: (name, part) for name in stored for part, parameter in enumerate(layout.names(name))}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_architecture(config).upper()], config.num_hidden_layers)
     planned = []
     for parameter, expected in parameters.items():
         if parameter not in found:
             missing = layout.stored_name(parameter)
-            raise InputError(f"{folder}: tensor {missing} is missing; the folder is incomplete: fetch or merge it again")
+            raise InputError(
+                f"{folder}: tensor {missing} is missing; the folder is incomplete: fetch or merge it again"
+            )
         name, part = found[parameter]
         shape = layout.shapes(name, stored[name].shape)[part]
         if shape != list(expected.shape):

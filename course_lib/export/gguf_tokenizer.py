@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPACE = "▁"
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -59,6 +61,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
 
     llama.cpp normalises no text: where a tokenizer does (Qwen's to NFC), text in another form gets other ids there. And it puts
     SentencePiece's space before a text also after a special token inside it, where some tokenizers do so at the start alone.
+    It loads no byte-level tokenizer without merges, such as the random `tiny` model's; transformers does.
 
     Raises:
         InputError: it is neither kind of BPE, cuts text as no pre-tokenizer of llama.cpp does, or has more tokens than `rows`.
@@ -98,7 +101,11 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
         types[unknown] = int(TokenType.UNKNOWN)
     space_prefix = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith(SPACE)
     return Vocabulary(
-        "llama", tokens, types, scores=_scores(tokens, pairs), space_prefix=_with_spaces(settings, name) and space_prefix
+        "llama",
+        tokens,
+        types,
+        scores=_scores(tokens, pairs),
+        space_prefix=_with_spaces(settings, name) and space_prefix,
     )
 
 
@@ -137,7 +144,9 @@ def _with_spaces(settings: Mapping[str, Any], name: str) -> bool:
     """
     cut = json.dumps(settings["pre_tokenizer"])
     metaspace = '"Metaspace"' in cut and '"split": false' in cut
-    if (settings["pre_tokenizer"] is None and SPACE in json.dumps(settings["normalizer"], ensure_ascii=False)) or metaspace:
+    if (
+        settings["pre_tokenizer"] is None and SPACE in json.dumps(settings["normalizer"], ensure_ascii=False)
+    ) or metaspace:
         return True
     raise InputError(f"{name}: its tokenizer is neither byte-level BPE nor SentencePiece's; use llama.cpp's converter")
 

@@ -42,7 +42,9 @@ def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, template: Chat
         stops = [*template.stop_texts, *stops]
         between = texts_between_turns(template, tokenizer)
         if between is None:
-            lines.append("# no TEMPLATE: what the chat template writes between turns does not depend on the roles alone")
+            lines.append(
+                "# no TEMPLATE: what the chat template writes between turns does not depend on the roles alone"
+            )
         else:
             lines.append(f'TEMPLATE """{go_template(between)}"""')
     single = [text for text in dict.fromkeys(stops) if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 1]
@@ -67,9 +69,7 @@ def texts_between_turns(template: ChatTemplate, tokenizer: PreTrainedTokenizerBa
     return between
 
 
-def _pieces(
-    roles: list[str], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[Roles, str]]:
+def _pieces(roles: list[str], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Roles, str]]:
     """A rendered conversation cut at its contents; nothing where the template refuses such roles or leaves a turn out."""
     contents = [f"content-{number}-of-{role}" for number, role in enumerate(roles)]
     messages: list[Any] = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
