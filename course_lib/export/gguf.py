@@ -158,7 +158,7 @@ def _config(folder: Path) -> PretrainedConfig:
     if kind == "qwen3" and config.attention_bias:
         refused.append("attention_bias")
     rope = config.rope_parameters
-    known = ROPE_KEYS.get(rope.get("rope_type", ""), set())
+    known = {*ROPE_KEYS.get(rope.get("rope_type", ""), ()), "type"}  # the older name of rope_type
     refused += [
         f"{key} {value!r} of the rotary embedding"
         for key, value in rope.items()

@@ -60,7 +60,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
     """Describe a fast tokenizer; `rows` are those of the embedding, and ids without a token get a name of their own.
 
     llama.cpp normalises no text: where a tokenizer does (Qwen's to NFC), text in another form gets other ids there. And it puts
-    SentencePiece's space before a text also after a special token inside it, where some tokenizers do so at the start alone.
+    SentencePiece's space before every text, also after a special token and before another space, where some tokenizers do not.
     It loads no byte-level tokenizer without merges, such as the random `tiny` model's; transformers does.
 
     Raises:

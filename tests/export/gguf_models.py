@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from course_lib.data.templates import named_template
@@ -112,5 +113,33 @@ def with_byte_level(folder: Path, pre: str, **changes: Any) -> Path:
         clean_up_tokenization_spaces=False, **changes,
     )  # fmt: skip
     tokenizer.chat_template = named_template("smollm2").source
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_sentencepiece(folder: Path) -> Path:
+    """Train a tokenizer such as Llama 2's and Mistral's, which are kept as tokenizer.json alone, and put it into a model's folder."""
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], limit_alphabet=120, show_progress=False
+    )
+    learner.train_from_iterator(texts(2000), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    spare = {f"<0x{byte:02X}>": len(learned["vocab"]) + byte for byte in range(256)}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={**learned["vocab"], **spare}, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = named_template("mistral").source
     tokenizer.save_pretrained(folder)
     return folder

@@ -18,7 +18,18 @@ import numpy as np
 import pytest
 import torch
 from course_runner import Course
-from gguf_models import BYTE_LEVEL, LLAMA3_ROPE, ROPE, SHAPES, TOKENS, save_model, split_by, texts, with_byte_level
+from gguf_models import (
+    BYTE_LEVEL,
+    LLAMA3_ROPE,
+    ROPE,
+    SHAPES,
+    TOKENS,
+    save_model,
+    split_by,
+    texts,
+    with_byte_level,
+    with_sentencepiece,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -164,6 +175,19 @@ def test_byte_level_ids_are_read_back(pre: str, make: Callable[..., Path], tmp_p
     told = fields(file)
     assert told["tokenizer.ggml.pre"] == pre
     assert len(own) < 500 == len(told["tokenizer.ggml.tokens"])  # rows of the embedding without a token are named too
+    for text in texts():
+        assert read(text) == own(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_sentencepiece_ids_are_read_back(make: Callable[..., Path], tmp_path: Path) -> None:
+    folder = with_sentencepiece(make(vocab_size=900))
+    file = export_gguf(folder, tmp_path / "m.gguf")
+    own, read, told = load_tokenizer(folder), ids_by_transformers(file), fields(file)
+    assert told["tokenizer.ggml.model"] == "llama"
+    assert told["tokenizer.ggml.add_bos_token"]
+    assert told["tokenizer.ggml.add_space_prefix"]
+    kinds = dict(zip(told["tokenizer.ggml.tokens"], told["tokenizer.ggml.token_type"], strict=True))
+    assert (kinds["<unk>"], kinds["</s>"], kinds["<0x41>"], kinds["▁"]) == (2, 3, 6, 1)
     for text in texts():
         assert read(text) == own(text, add_special_tokens=False)["input_ids"], text
 
@@ -473,3 +497,27 @@ def test_a_template_without_marks_writes_the_same(name: str, tiny: Path) -> None
             for source in (template.source, plain)
         ]
         assert written[0] == written[1]
+
+
+# --- the embedded model
+
+
+@pytest.mark.embedded
+@pytest.mark.slow
+def test_the_embedded_model_is_read_back(embedded: Path, tmp_path: Path) -> None:
+    model, own = load_model(embedded, dtype="float32", device="cpu")
+    sample = Path(__file__).parents[2] / "data" / "fine_tuning_notes.jsonl"
+    rows = [json.loads(line)["text"] for line in sample.read_text(encoding="utf-8").splitlines()]
+    tokens = torch.tensor([own(" ".join(rows))["input_ids"][:256]])
+    expected = model(tokens).logits.detach()
+    errors = {}
+    for type in ("f32", "q8_0"):
+        file = export_gguf(embedded, tmp_path / f"{type}.gguf", type=type)
+        with redirect_stderr(io.StringIO()):
+            read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+        errors[type] = relative_error(read(tokens).logits.detach(), expected)
+    assert errors["f32"] == 0
+    assert 0 < errors["q8_0"] < 0.06, errors
+    ids = ids_by_transformers(tmp_path / "q8_0.gguf")
+    for text in [*rows, *texts(1000)]:
+        assert ids(text) == own(text, add_special_tokens=False)["input_ids"], text
