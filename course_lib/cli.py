@@ -20,6 +20,7 @@ from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
 from course_lib.cli_export import export_app
 from course_lib.cli_plan import plan
+from course_lib.cli_publish import publish
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
 
@@ -254,6 +255,9 @@ def convert(
     converted = convert(checkpoint, out, alpha=alpha, base=base)
     print(converted.summary(), file=sys.stderr)
     print(converted.out)
+
+
+app.command()(publish)
 
 
 @app.command()
