@@ -65,6 +65,7 @@ def loss_picture(run: Run) -> bytes:
 def model_card(
     repository: str,
     *,
+    place: str,
     base: str,
     info: ModelInfo | None,
     adapter: dict[str, Any] | None,
@@ -73,8 +74,9 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    `base` is the base's repository, `info` its catalogue entry where it has one, `adapter` an adapter's adapter_config.json
-    (None: a whole model), `template` the named chat template it was trained with, or auto.
+    `place` is where the repository is: hf, modelscope or openxlab. `base` is the base's repository, `info` its catalogue entry
+    where it has one, `adapter` an adapter's adapter_config.json (None: a whole model), `template` the named chat template it was
+    trained with, or auto.
     """
     what = f"A {_method(adapter)} adapter for" if adapter else "A fine-tuned model, made from"
     parts = [
