@@ -6,13 +6,15 @@ are too old to stand beside transformers, and takes metafiles that name one weig
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from course_lib.errors import CourseError, InputError
@@ -92,8 +94,9 @@ def _said(place: str, repository: str, status: int | None, error: BaseException,
 
 
 def publish_modelscope(upload: Upload, repository: str, *, private: bool = False) -> str:
-    """Make the repository where it is missing, send what changed, and return its address.
+    """Make the repository where it is missing, send its files, of the large ones those it lacks, and return its address.
 
+    Where a large file fails, the client has sent the others: then the repository is whole only after a second run.
     MODELSCOPE_API_TOKEN is the token, MODELSCOPE_ENDPOINT another address.
 
     Raises:
@@ -109,9 +112,12 @@ def publish_modelscope(upload: Upload, repository: str, *, private: bool = False
     )
     check_no_secrets(upload.files.items(), [token])
     api = HubApi(endpoint=os.environ.get("MODELSCOPE_ENDPOINT") or None, token=token)
-    with _staged(upload) as folder:
+    # without a licence it takes Apache-2.0
+    licence = {"apache-2.0": "Apache-2.0"}.get(upload.licence or "", "other")
+    visibility = "private" if private else "public"
+    with _staged(upload) as folder, _quiet_modelscope():
         try:
-            api.create_repo(repository, visibility="private" if private else "public", exist_ok=True)
+            api.create_repo(repository, visibility=visibility, license=licence, exist_ok=True)
             api.upload_folder(
                 repo_id=repository, folder_path=folder, commit_message=MESSAGE, disable_tqdm=not sys.stderr.isatty(),
                 use_cache=False,
@@ -121,6 +127,19 @@ def publish_modelscope(upload: Upload, repository: str, *, private: bool = False
             status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
             raise CourseError(_said("ModelScope", repository, status, error, token)) from error
     return f"{api.endpoint}/models/{repository}"
+
+
+@contextmanager
+def _quiet_modelscope() -> Iterator[None]:
+    """Its client prints a report on stdout and logs each step: neither belongs between a command's results."""
+    logger = logging.getLogger("modelscope_hub")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def publish_openxlab(upload: Upload, repository: str) -> str:

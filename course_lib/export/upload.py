@@ -15,7 +15,7 @@ from course_lib.adapter_record import RECORD_FILE, read_record
 from course_lib.data.templates import named_template, without_marks
 from course_lib.errors import InputError
 from course_lib.export.app_files import app_files, space_files
-from course_lib.export.model_card import PICTURE, find_run, loss_picture, model_card
+from course_lib.export.model_card import LICENCES, PICTURE, find_run, loss_picture, model_card
 from course_lib.export.stored import open_safetensors, stored_tensors
 from course_lib.files import read_json
 from course_lib.models import ModelInfo, catalogue, is_repository
@@ -42,13 +42,15 @@ MODEL_FILES = (
 class Upload:
     """Files by their name in the repository, each a path or its content; `left_out` names the folder's other files.
 
-    `base` is an adapter's base, None for a whole model; `template` the named chat template it was trained with, or auto.
+    `base` is an adapter's base, None for a whole model; `template` the named chat template it was trained with, or auto;
+    `licence` the base's, by the Hub's name for it, where it is known.
     """
 
     files: dict[str, Path | bytes]
     left_out: list[str] = field(default_factory=list)
     base: str | None = None
     template: str = "auto"
+    licence: str | None = None
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file."""
@@ -109,7 +111,11 @@ def plan_upload(folder: str | Path, repository: str, *, base: str | None = None,
         files[CARD] = card.encode()
     unused = [name for name in left_out if name not in files]
     return Upload(
-        dict(sorted(files.items())), unused, base=base_repository if adapter is not None else None, template=template
+        dict(sorted(files.items())),
+        unused,
+        base=base_repository if adapter is not None else None,
+        template=template,
+        licence=LICENCES.get(info.licence, "other") if info else None,
     )
 
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from course_runner import Course
 from hub_server import TOKEN, Hub, running_hub
+from modelscope_server import TOKEN as MODELSCOPE_TOKEN
+from modelscope_server import ModelScope, running_modelscope
 from packaging.requirements import Requirement
 
 from course_lib.errors import InputError
@@ -464,3 +466,68 @@ def test_modelscope_without_its_package(run: Path, course: Course, monkeypatch: 
     assert "pip install 'course-lib[modelscope]'" in ended.stderr
     ended = publish(course, run / "adapter", "--app", "gradio", place="modelscope")
     assert ended.returncode == 2
+
+
+@pytest.fixture
+def modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelScope]:
+    """A ModelScope on this machine and a token for it; the client's own files go into a folder of the test."""
+    pytest.importorskip("modelscope")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", MODELSCOPE_TOKEN)
+    monkeypatch.setenv("MODELSCOPE_CREDENTIALS_PATH", str(tmp_path / "credentials"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with running_modelscope() as started:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", started.url)
+        yield started
+
+
+def test_an_adapter_arrives_whole_at_modelscope(run: Path, modelscope: ModelScope, course: Course) -> None:
+    ended = publish(course, run / "adapter", "--private", place="modelscope")
+    assert (ended.returncode, ended.stdout) == (0, f"{modelscope.url}/models/ada/mine\n")
+    asked = modelscope.repositories["ada/mine"]
+    assert (asked["Visibility"], asked["License"]) == (1, "Apache-2.0")
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert modelscope.files["adapter_model.safetensors"] == weights
+    assert sorted(modelscope.files) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "course.json",
+        "loss.png",
+    ]
+    assert publish(course, run / "adapter", place="modelscope").returncode == 0
+    assert sum(request.startswith("PUT") for request in modelscope.requests) == 1  # the weights, once
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"POST /api/v1/models": 401}, "ModelScope does not accept the token (HTTP 401)"),
+        ({"POST /api/v1/models": 403}, "the token may not write to ada (HTTP 403)"),
+        ({"POST /api/v1/models": 500}, ""),
+        ({"PUT /blob": 403}, ""),
+        ({"POST .*commit": 403}, ""),
+        ({"POST .*commit": "cut"}, ""),
+    ],
+)
+def test_faults_of_modelscope_are_one_line(
+    fault: dict[str, int | str], said: str, run: Path, modelscope: ModelScope, course: Course
+) -> None:
+    modelscope.faults = fault
+    ended = publish(course, run / "adapter", place="modelscope")
+    assert ended.returncode == 1, ended
+    assert ended.stderr.startswith("course: ada/mine: ")
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert ended.stdout == ""
+    assert MODELSCOPE_TOKEN not in ended.stderr
+    assert "adapter_model.safetensors" not in modelscope.files
+    modelscope.faults = {}
+    assert publish(course, run / "adapter", place="modelscope").returncode == 0
+    assert len(modelscope.files) == 5
+
+
+def test_no_modelscope_token(run: Path, modelscope: ModelScope, course: Course) -> None:
+    ended = publish(course, run / "adapter", place="modelscope", env={"MODELSCOPE_API_TOKEN": ""})
+    assert ended.returncode == 2
+    assert "set MODELSCOPE_API_TOKEN" in ended.stderr
+    assert modelscope.requests == []
