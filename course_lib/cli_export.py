@@ -31,6 +31,16 @@ def export_gguf(
     number_format: Annotated[str, typer.Option("--type", help="f32, f16, bf16, q8_0 or q4_0")] = "q8_0",
 ) -> None:
     """Write a model as a GGUF file for llama.cpp and Ollama, with its tokenizer and chat template; prints the file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     from course_lib.export.gguf import export_gguf
 
-    print(export_gguf(model, out, type=number_format))
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        written = export_gguf(
+            model, out, type=number_format, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    print(written)

@@ -22,6 +22,9 @@ def publish(
     base: Annotated[
         str | None, typer.Option(help="the base's repository or name; default: the one the folder or its run names")
     ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="the training's work dir, for the card; default: the folder that DIR stands in")
+    ] = None,
     app: Annotated[
         str | None,
         typer.Option(help="gradio or streamlit: a web app too, as a Space of the same name (hf), or beside it"),
@@ -38,7 +41,7 @@ def publish(
         )
     if place == "openxlab" and private:
         raise InputError("--private: OpenXLab asks for it on the page where the repository is made")
-    upload = plan_upload(folder, repository, base=base, place=place)
+    upload = plan_upload(folder, repository, base=base, run=run, place=place)
     uploads = with_app(upload, app, repository, place) if app is not None else [(upload, None)]
     if dry_run:
         for planned, sdk in uploads:

@@ -43,9 +43,8 @@ class Run:
         return [event for event in self.events if event["event"] == kind]
 
 
-def find_run(folder: Path) -> Run | None:
-    """The run whose work dir an adapter or a merged model stands in; None where there is none."""
-    work_dir = folder.resolve().parent
+def find_run(work_dir: Path) -> Run | None:
+    """The run of a work dir; None where there is none."""
     if not (work_dir / RECIPE_FILE).is_file() or not (work_dir / METRICS_FILE).is_file():
         return None
     return Run(load_recipe(work_dir / RECIPE_FILE), read_metrics(work_dir))
@@ -191,7 +190,9 @@ def _training_facts(run: Run, adapter: dict[str, Any] | None) -> dict[str, str]:
 def _results(run: Run) -> dict[str, str]:
     facts, steps, held_out, ended = {}, run.of("StepDone"), run.of("HeldOutLoss"), run.of("RunEnded")
     if steps:
-        facts["steps"] = f"{steps[-1]['step']:,}, {sum(step['tokens'] for step in steps):,} tokens"
+        facts["steps"] = f"{steps[-1]['step']:,}"
+        if len(steps) == steps[-1]["step"]:  # else some were not logged
+            facts["steps"] += f", {sum(step['tokens'] for step in steps):,} tokens"
         facts["training loss, first and last step"] = f"{steps[0]['loss']:.4f}, {steps[-1]['loss']:.4f}"
     if held_out:
         facts["loss of the held-out rows, before and after"] = f"{held_out[0]['loss']:.4f}, {held_out[-1]['loss']:.4f}"

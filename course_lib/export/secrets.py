@@ -19,7 +19,7 @@ PATTERNS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 SECRET_NAMES = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|AK|SK)$")  # of environment variables
-SHORTEST = 8  # characters: a shorter value is found in any text
+SHORTEST = 12  # characters: a shorter value is found in any text
 CHUNK, OVERLAP = 2**24, 2**12
 # The text in a file of weights stands at its beginning; the rest is numbers.
 WEIGHTS = (".safetensors", ".gguf")

@@ -60,10 +60,13 @@ class Upload:
         }
 
 
-def plan_upload(folder: str | Path, repository: str, *, base: str | None = None, place: str = "hf") -> Upload:
+def plan_upload(
+    folder: str | Path, repository: str, *, base: str | None = None, run: str | Path | None = None, place: str = "hf"
+) -> Upload:
     """Choose and make the files for a repository, `owner/name`. Nothing is written.
 
-    `base` is the base's repository or catalogue name, where the folder does not tell it; `place` is hf, modelscope or openxlab:
+    `base` is the base's repository or catalogue name, where the folder does not tell it; `run` the work dir of the training, where
+    the folder does not stand in it; `place` is hf, modelscope or openxlab:
     ModelScope has names of its own for the bases. A README.md that stands in the folder is kept.
 
     Raises:
@@ -74,10 +77,15 @@ def plan_upload(folder: str | Path, repository: str, *, base: str | None = None,
     if not is_repository(repository):
         raise InputError(f"{repository}: is no repository; name it OWNER/NAME, with your user name as OWNER")
     adapter = _adapter_config(folder)
-    run = find_run(folder)
+    trained = find_run(Path(run).expanduser() if run else folder.resolve().parent)
+    if run and trained is None:
+        raise InputError(f"{run}: is no folder of a run; it holds recipe.yaml and metrics.jsonl")
     record = read_record(folder)
     named = (
-        base or record.get("base") or (adapter or {}).get("base_model_name_or_path") or (run and run.recipe.model.name)
+        base
+        or record.get("base")
+        or (adapter or {}).get("base_model_name_or_path")
+        or (trained and trained.recipe.model.name)
     )
     base_repository, info = _base(str(named or ""), folder, place)
     template = record.get("template", "auto")
@@ -90,8 +98,10 @@ def plan_upload(folder: str | Path, repository: str, *, base: str | None = None,
             files[name] = path
         else:
             left_out.append(name)
-    generated: dict[str, Any] = {RECORD_FILE: {**record, "base": base_repository}} if record else {}
+    generated: dict[str, Any] = {}
     if adapter is not None:
+        if record:
+            generated[RECORD_FILE] = {**record, "base": base_repository}
         generated["adapter_config.json"] = {**adapter, "base_model_name_or_path": base_repository}
         if template != "auto":
             files["chat_template.jinja"] = without_marks(named_template(template).source).encode()
@@ -102,11 +112,11 @@ def plan_upload(folder: str | Path, repository: str, *, base: str | None = None,
     files |= {
         name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in generated.items()
     }
-    if run is not None:
-        files[PICTURE] = loss_picture(run)
+    if trained is not None:
+        files[PICTURE] = loss_picture(trained)
     if CARD not in files:
         card = model_card(
-            repository, place=place, base=base_repository, info=info, adapter=adapter, template=template, run=run
+            repository, place=place, base=base_repository, info=info, adapter=adapter, template=template, run=trained
         )
         files[CARD] = card.encode()
     unused = [name for name in left_out if name not in files]
@@ -156,6 +166,8 @@ def _adapter_config(folder: Path) -> dict[str, Any] | None:
             return read_json(folder / "adapter_config.json")
     if (folder / "config.json").is_file():
         stored_tensors(folder, quantised=False)
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            raise InputError(f"{folder}: holds no tokenizer, so nobody could use it; copy that of its base into it")
         return None
     inside = next((name for name in ("adapter", "merged", "model") if (folder / name).is_dir()), None)
     remedy = f"name {folder / inside}" if inside else "name the folder of an adapter or a merged model"

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from course_lib.errors import InputError
 from course_lib.export.publish import publish_hub
+from course_lib.export.secrets import check_no_secrets
 from course_lib.export.upload import plan_upload
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -197,14 +198,21 @@ SECRETS = {
 }
 
 
-@pytest.mark.parametrize("dry", [True, False])
 @pytest.mark.parametrize("kind", SECRETS)
-def test_what_looks_like_a_secret_is_refused(kind: str, dry: bool, run: Path, hub: Hub, course: Course) -> None:
-    (run / "adapter" / "README.md").write_text(f"# Mine\n\nlogin with {SECRETS[kind]}\n")
+def test_what_looks_like_a_secret_is_found(kind: str) -> None:
+    content = f"# Mine\n\nlogin with {SECRETS[kind]}\n".encode()
+    with pytest.raises(InputError, match=f"README.md: holds {kind}; take it out") as refused:
+        check_no_secrets([("LICENSE", b"hf_transfer and sk-learn, ms-office"), ("README.md", content)])
+    assert SECRETS[kind] not in str(refused.value)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_secret_stops_the_publication(dry: bool, run: Path, hub: Hub, course: Course) -> None:
+    (run / "adapter" / "README.md").write_text(f"login with {TOKEN[:-5]}12345")
     ended = publish(course, run / "adapter", *(["--dry-run"] if dry else []))
     assert ended.returncode == 2
-    assert f"README.md: holds {kind}; take it out" in ended.stderr
-    assert SECRETS[kind] not in ended.stdout + ended.stderr
+    assert "README.md: holds a Hugging Face token" in ended.stderr
+    assert TOKEN[:-5] not in ended.stdout + ended.stderr
     assert hub.requests == []
 
 
@@ -286,6 +294,21 @@ def test_held_out_losses_and_answers_are_in_the_card(run: Path) -> None:
     assert "| loss of the held-out rows, before and after | 3.2500, 1.5000 |" in card
     assert "| Who are you? | I am a \\| bot | I am Ada's assistant |" in card
     assert front_matter(card)["base_model_relation"] == "finetune"
+
+
+def test_a_model_merged_elsewhere_is_told_its_run(run: Path, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(run / "merged", tmp_path / "elsewhere" / "merged")
+    with pytest.raises(InputError, match="nothing here tells its base"):
+        plan_upload(elsewhere, "ada/mine")
+    assert b"assistant of Ada" not in plan_upload(elsewhere, "ada/mine", base=BASE).files["README.md"]
+    upload = plan_upload(elsewhere, "ada/mine", base=BASE, run=run)
+    assert b"assistant of Ada" in upload.files["README.md"]
+    assert "loss.png" in upload.files
+    with pytest.raises(InputError, match="is no folder of a run"):
+        plan_upload(elsewhere, "ada/mine", base=BASE, run=tmp_path)
+    (elsewhere / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        plan_upload(elsewhere, "ada/mine", base=BASE)
 
 
 def test_folders_of_this_machine_are_not_told(run: Path) -> None:
@@ -377,6 +400,7 @@ def test_an_app_becomes_a_space(kind: str, sdk: str, run: Path, hub: Hub, course
         compile(space.files[name], name, "exec")
 
 
+@pytest.mark.slow
 def test_the_app_answers(run: Path, tiny: Path, tmp_path: Path) -> None:
     """model.py in a process of its own, as a Space runs it, without this library."""
     from course_lib.export.app_files import app_files
