@@ -98,4 +98,8 @@ def go_template(between: dict[Roles, str]) -> str:
         text = between.get((before, after), "")
         return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
-    return re.sub(r"[A-Z]+_[A-Z]+", constant, _LOOP)
+    loop = _LOOP
+    if ("start", "system") not in between:  # such a turn is passed over
+        loop = loop.replace('{{- if eq .Role "system" }}START_SYSTEM{{ .Content }}\n{{- else if', "{{- if")
+        loop = loop.replace('{{- if eq $last "system" }}SYSTEM_USER{{ else if', "{{- if")
+    return re.sub(r"[A-Z]+_[A-Z]+", constant, loop)

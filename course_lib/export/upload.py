@@ -65,9 +65,9 @@ def plan_upload(
 ) -> Upload:
     """Choose and make the files for a repository, `owner/name`. Nothing is written.
 
-    `base` is the base's repository or catalogue name, where the folder does not tell it; `run` the work dir of the training, where
-    the folder does not stand in it; `place` is hf, modelscope or openxlab:
-    ModelScope has names of its own for the bases. A README.md that stands in the folder is kept.
+    `base` is the base's repository or catalogue name, where the folder does not tell it; `run` the work dir of the training,
+    where the folder does not stand in it; `place` is hf, modelscope or openxlab: ModelScope has names of its own for the bases.
+    A README.md that stands in the folder is kept.
 
     Raises:
         InputError: the folder is neither an adapter nor a whole model, a file is missing or damaged, or the base has no

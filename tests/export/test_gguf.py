@@ -444,6 +444,11 @@ def test_go_writes_what_the_chat_template_writes(tiny: Path, tmp_path: Path) -> 
         for messages in known_conversations(between):
             cases.append({"source": go_template(between), "messages": messages})
             expected.append(render_prompt(messages, template, tokenizer).text)
+    tokenizer.chat_template = NO_SYSTEM
+    own = choose_template(tokenizer)
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    cases.append({"source": go_template(texts_between_turns(own, tokenizer)), "messages": messages})
+    expected.append(render_prompt(messages[1:], own, tokenizer).text)
     (tmp_path / "main.go").write_text(GO_PROGRAM)
     environment = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
     run = subprocess.run(
@@ -471,6 +476,25 @@ def test_a_template_that_counts_turns_gives_no_ollama_template(tiny: Path) -> No
     assert 'TEMPLATE """' not in text
     assert "# no TEMPLATE" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_without_system_turns_gives_an_ollama_template_that_passes_over_them(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = NO_SYSTEM
+    between = texts_between_turns(choose_template(tokenizer), tokenizer)
+    assert between is not None
+    source = go_template(between)
+    assert "system" not in source
+    assert (
+        '{{- if eq .Role "user" }}\n{{- if eq $last "assistant" }}{{ "</><user>" }}{{ else }}{{ "<user>" }}{{ end }}'
+        in source
+    )
 
 
 def test_a_modelfile_names_file_template_and_stops(tiny: Path) -> None:
