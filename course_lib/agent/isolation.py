@@ -56,7 +56,7 @@ def run_child(
         stopped: asked now and then; once it is true the child is killed.
     """
     whole = {
-        "readable": _readable(),
+        "readable": python_files(),
         "memory": memory,
         "seconds": int(seconds) + 1,
         "file_size": FOLDER_SIZE,
@@ -174,7 +174,7 @@ class _Output:
 
 
 @cache
-def _readable() -> list[str]:
+def python_files() -> list[str]:
     """Python's own files: its libraries and what the system's loader reads; not the project, not the home."""
     homes = {Path(path).resolve() for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
     libraries = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), *sys.path) if path}
