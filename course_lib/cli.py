@@ -19,6 +19,7 @@ from rich.table import Table
 from course_lib.cli_agent import AgentOption, McpOption, ProtocolOption, ToolsOption, TurnsOption, chat_as_agent
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
+from course_lib.cli_homework import homework_app
 from course_lib.cli_plan import plan
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
@@ -35,6 +36,7 @@ export_app = typer.Typer(no_args_is_help=True, help="Models and adapters in othe
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(homework_app, name="homework")
 app.add_typer(export_app, name="export")
 
 ScaleOption = Annotated[

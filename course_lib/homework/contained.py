@@ -89,6 +89,8 @@ class Contained(Execute):
             finally:
                 stop.set()
                 watcher.join()
+        notes = nb.metadata.setdefault("course_homework", {})
+        notes["ended"] = self.ended
         return nb, resources
 
     @contextmanager
