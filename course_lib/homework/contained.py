@@ -127,8 +127,10 @@ class Contained(Execute):
             return cell, resources
         try:
             return super().preprocess_cell(cell, resources, index)
-        except (DeadKernelError, CellTimeoutError):
-            self.ended = self.ended or "the end of its process: too much memory or processor time, or it ended itself"
+        except (DeadKernelError, CellTimeoutError) as error:
+            deaf = isinstance(error, CellTimeoutError)  # the cell before it runs on
+            died = "the end of its process: too much memory or processor time, or it ended itself"
+            self.ended = self.ended or ("a cell that went on when its time was up" if deaf else died)
             cell.outputs = [*cell.outputs, _error(f"stopped by {self.ended}")]
             self._kill()
             return cell, resources

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def open_course(folder: str | Path) -> NbGraderAPI:
         raise InputError("nbgrader is not installed: pip install -c constraints.txt -e '.[homework]'") from None
     from traitlets.config.loader import PyFileConfigLoader
 
+    bin_folder = str(Path(sys.executable).parent)  # nbgrader starts `alembic` by its bare name
+    if bin_folder not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([bin_folder, os.environ.get("PATH", "")])
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what went wrong comes back in the results
     configured = PyFileConfigLoader("nbgrader_config.py", path=str(folder)).load_config()
     configured.CourseDirectory.root = str(folder)
@@ -269,8 +273,11 @@ def _must(result: dict[str, Any], what: str) -> None:
 
 
 def _last_line(result: dict[str, Any]) -> str:
-    lines = [line for line in (result.get("error") or result.get("log") or "").strip().splitlines() if line.strip()]
-    return lines[-1].strip()[:300] if lines else "it does not say why"
+    """The error that nbgrader's own are about."""
+    lines = [line.strip() for key in ("error", "log") for line in (result.get(key) or "").splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line) and "NbGraderException" not in line]
+    said = errors or [line for line in lines if line]
+    return said[-1][:300] if said else "it does not say why"
 
 
 @contextmanager
