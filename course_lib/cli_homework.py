@@ -78,9 +78,10 @@ def autograde(assignment: str, student: StudentsOption = None, folder: FolderOpt
     from course_lib.homework import grading
 
     api = grading.open_course(folder)
+    wanted = grading.to_grade(api, assignment, student or [])
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(assignment, total=len(student or api.get_submitted_students(assignment)))
-        grading.autograde(api, assignment, student or [], done=lambda name: progress.advance(task))
+        task = progress.add_task(assignment, total=len(wanted))
+        grading.autograde(api, assignment, wanted, done=lambda name: progress.advance(task))
     _report(assignment, folder)
 
 

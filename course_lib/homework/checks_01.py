@@ -39,7 +39,10 @@ def _read_back(text: Any, messages: Messages, prompt: bool) -> None:
         fail("a turn ends that nobody has said: the header of the next answer is left open", shown)
     header = text.endswith("<|im_start|>assistant\n")
     if prompt and not header:
-        fail("with add_generation_prompt the text must end with the header of an assistant turn: the model would not know whose turn it is", shown)
+        fail(
+            "with add_generation_prompt the text must end with the header of an assistant turn: the model would not know whose turn it is",
+            shown,
+        )
     if not prompt and header:
         fail("an assistant's header is written that nobody asked for: training texts would end in an open turn", shown)
     turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>(\n?)", text, flags=re.DOTALL)
@@ -59,7 +62,9 @@ def _read_back(text: Any, messages: Messages, prompt: bool) -> None:
 
 def answered(seed: int) -> Messages:
     """A conversation whose answer is to be forged."""
-    animal, sound = random.Random(seed).choice([("dog", "barks"), ("cat", "purrs"), ("duck", "quacks"), ("bee", "hums")])
+    animal, sound = random.Random(seed).choice(
+        [("dog", "barks"), ("cat", "purrs"), ("duck", "quacks"), ("bee", "hums")]
+    )
     return [_said("user", f"Which animal {sound}?"), _said("assistant", f"A {animal}.")]
 
 
@@ -67,14 +72,22 @@ def forged(answer: Any, careless: Callable[[Messages], str], whole: Messages) ->
     """One message of the user that reads like a question and its answer."""
     if answer is ...:
         raise NotImplementedError
-    if not isinstance(answer, list) or not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in answer):
+    if not isinstance(answer, list) or not all(
+        isinstance(one, dict) and {"role", "content"} <= set(one) for one in answer
+    ):
         fail('a list of messages is wanted, each {"role": ..., "content": ...}', short(answer))
     if len(answer) != 1 or answer[0]["role"] != "user":
         fail("a forger has the user's part alone: one message, of the user", short(answer))
     text, wanted = "".join(f"{one['role']}: {one['content']}\n" for one in answer), careless(whole)
     if text != wanted:
-        at = next((place for place, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b), min(len(text), len(wanted)))
-        fail(f"the texts part at character {at}: yours goes on {text[at : at + 12]!r}, the other {wanted[at : at + 12]!r}", repr(text))
+        at = next(
+            (place for place, (a, b) in enumerate(zip(text, wanted, strict=False)) if a != b),
+            min(len(text), len(wanted)),
+        )
+        fail(
+            f"the texts part at character {at}: yours goes on {text[at : at + 12]!r}, the other {wanted[at : at + 12]!r}",
+            repr(text),
+        )
 
 
 def labels(label: Callable[[list[int]], Any], *, seed: int | None = None) -> None:
@@ -90,7 +103,9 @@ def labels(label: Callable[[list[int]], Any], *, seed: int | None = None) -> Non
     if more := cases(seed):
         for _ in range(20):
             words = [[more.randint(10, 30) for _ in range(more.randint(1, 6))] for _ in range(4)]
-            tried.append([token for role, one in zip((USER, ASSISTANT) * 2, words, strict=True) for token in turn(role, one)])
+            tried.append(
+                [token for role, one in zip((USER, ASSISTANT) * 2, words, strict=True) for token in turn(role, one)]
+            )
     for ids in tried:
         _judge_labels(call(label, list(ids)), ids)
 
@@ -122,7 +137,9 @@ def _judge_labels(given: Any, ids: list[int]) -> None:
         first = kinds.index("word") if "word" in kinds else -1
         later = [place for place, kind in enumerate(kinds) if kind == "word" and not trained[place]]
         if later and first not in later:
-            fail("an assistant turn is left out: every one is trained, not the first alone, and all of its words", shown)
+            fail(
+                "an assistant turn is left out: every one is trained, not the first alone, and all of its words", shown
+            )
         fail("words of the assistant are not trained", shown)
 
 
@@ -175,7 +192,9 @@ def _judge_batch(given: Any, rows: list[tuple[list[int], list[int]]]) -> None:
         if list(labelled[:size]) != labels:
             lost = [place for place in range(size) if labelled[place] == IGNORE != labels[place]]
             if lost and all(ids[place] == END for place in lost):
-                fail("an end token is masked because it looks like padding: tell padding by length, not by its id", shown)
+                fail(
+                    "an end token is masked because it looks like padding: tell padding by length, not by its id", shown
+                )
             fail("the labels of a row were changed", shown)
         if any(int(one) != 0 for one in mask[size:]):
             fail("the mask is 1 at padding: the model would read it", shown)
@@ -207,8 +226,12 @@ def loss(answer: Callable[..., Any], *, seed: int | None = None) -> None:
         backward = F.cross_entropy(logits[:, 1:].transpose(1, 2), labels[:, :-1], reduction="none")
         rows = [float(row.sum() / mask.sum()) for row, mask in zip(each, trained, strict=True)]
         ways = {
-            "the shift is missing: the logits at a place predict the token after it": float(aligned.sum() / (labels != IGNORE).sum()),
-            "the shift goes the wrong way: the labels move left, not the logits": float(backward.sum() / (labels[:, :-1] != IGNORE).sum()),
+            "the shift is missing: the logits at a place predict the token after it": float(
+                aligned.sum() / (labels != IGNORE).sum()
+            ),
+            "the shift goes the wrong way: the labels move left, not the logits": float(
+                backward.sum() / (labels[:, :-1] != IGNORE).sum()
+            ),
             "this is the sum: divide by the number of trained tokens": float(each.sum()),
             "this divides by all tokens: the masked ones do not count": float(each.mean()),
             "this divides by all tokens of the batch: the masked ones do not count": float(each.sum() / labels.numel()),
@@ -222,7 +245,10 @@ def loss(answer: Callable[..., Any], *, seed: int | None = None) -> None:
         for diagnosis, value in ways.items():
             if close(given, value):
                 fail(diagnosis, f"labels {table}: yours is {float(given):.4f}")
-        fail("not the mean of the negative log probabilities of the trained tokens", f"labels {table}: yours is {float(given):.4f}")
+        fail(
+            "not the mean of the negative log probabilities of the trained tokens",
+            f"labels {table}: yours is {float(given):.4f}",
+        )
 
 
 def long_rows(seed: int) -> list[tuple[int, int]]:
@@ -243,7 +269,10 @@ def cut(nothing: Any, end: Any, rows: list[tuple[int, int]], max_length: int) ->
     if close(nothing, len(headless)) and close(end, len(lost)):
         fail("the two counts are swapped")
     if close(nothing, len([row for row in rows if row[0] > max_length])):
-        fail("a row whose prompt has exactly as many tokens as fit has no room for an answer", "prompt 128, answer 20, cut at 128")
+        fail(
+            "a row whose prompt has exactly as many tokens as fit has no room for an answer",
+            "prompt 128, answer 20, cut at 128",
+        )
     if close(end, len(headless) + len(lost)) and len(lost):
         fail("a row with nothing left to train does not train a beginning: it is in the first count alone")
     if close(end, len([row for row in rows if row[0] < max_length <= sum(row)])):
@@ -251,7 +280,10 @@ def cut(nothing: Any, end: Any, rows: list[tuple[int, int]], max_length: int) ->
     if close(nothing, len([row for row in rows if sum(row) > max_length])):
         fail("that counts all rows that are cut: some of them still have a beginning of an answer")
     which = "rows with nothing to train" if not close(nothing, len(lost)) else "rows without their end"
-    fail(f"the number of {which} is another: take one row by hand, and ask which of its tokens are left", f"first row {rows[0]}, cut at {max_length}")
+    fail(
+        f"the number of {which} is another: take one row by hand, and ask which of its tokens are left",
+        f"first row {rows[0]}, cut at {max_length}",
+    )
 
 
 def _said(role: str, content: str) -> dict[str, str]:

@@ -125,6 +125,20 @@ def collect(api: NbGraderAPI, assignment: str, handed_in: str | Path) -> list[st
     return students
 
 
+def to_grade(api: NbGraderAPI, assignment: str, students: Sequence[str] = ()) -> list[str]:
+    """The students whose submissions `autograde` takes: all, or those asked for.
+
+    Raises:
+        InputError: the assignment was not released, or somebody handed in nothing.
+    """
+    _released(Path(api.coursedir.root), assignment)
+    submitted = sorted(api.get_submitted_students(assignment))
+    if missing := sorted(set(students) - set(submitted)):
+        there = ", ".join(submitted) or "none"
+        raise InputError(f"{', '.join(missing)}: handed in nothing for {assignment}; there are {there}")
+    return list(students) or submitted
+
+
 def autograde(
     api: NbGraderAPI,
     assignment: str,
@@ -137,16 +151,10 @@ def autograde(
     Keys: `error` (why it could not be graded, then it has 0 points), `ended` (the limit it hit), `restored` cells, `oddities`,
     `seconds`.
     """
-    root = Path(api.coursedir.root)
-    _released(root, assignment)
-    submitted = sorted(api.get_submitted_students(assignment))
-    if missing := sorted(set(students) - set(submitted)):
-        raise InputError(
-            f"{', '.join(missing)}: handed in nothing for {assignment}; there are {', '.join(submitted) or 'none'}"
-        )
+    root, wanted = Path(api.coursedir.root), to_grade(api, assignment, students)
     file = root / "grades" / f"{assignment}.json"
     notes: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for student in students or submitted:
+    for student in wanted:
         notes[student] = _grade_one(api, assignment, student)
         write_text(
             file, json.dumps(notes, indent=1, ensure_ascii=False)
@@ -275,7 +283,9 @@ def _must(result: dict[str, Any], what: str) -> None:
 def _last_line(result: dict[str, Any]) -> str:
     """The error that nbgrader's own are about."""
     lines = [line.strip() for key in ("error", "log") for line in (result.get(key) or "").splitlines()]
-    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line) and "NbGraderException" not in line]
+    errors = [
+        line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit): ", line) and "NbGraderException" not in line
+    ]
     said = errors or [line for line in lines if line]
     return said[-1][:300] if said else "it does not say why"
 

@@ -11,7 +11,6 @@ from typing import Any
 import nbformat
 import pytest
 from assignments import SOURCE, nbgrader
-from course_runner import Course
 from submissions import answered, solution_lines
 
 pytest.importorskip("nbgrader")
@@ -148,8 +147,3 @@ def test_the_table_of_grades(graded: dict[str, Grades], tmp_path: Path) -> None:
     assert rows["solution"]["score"] == "21.0"
     assert rows["solution"]["why-it-rambles"] == ""
     assert rows["careless"]["loss-test"] == "0.0"
-
-
-def test_the_command_line(folder: Path, course: Course) -> None:
-    assert "is unknown: there are hw01" in course("homework", "release", "hw1", "--folder", str(folder)).stderr
-    assert "is no course folder" in course("homework", "report", "hw01", "--folder", "nowhere").stderr
