@@ -81,6 +81,7 @@ def says_name(answer: Callable[[str, str], bool], *, seed: int | None = None) ->
         ("I am (Ada).", "Ada", True),
         ("", "Ada", False),
         ("I work for C. Li+", "Li+", True),
+        ("I am AbI.", "A.I", False),
     ]
     if more := cases(seed):
         name = "".join(more.choices("bdfklm", k=4))

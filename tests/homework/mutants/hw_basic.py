@@ -26,7 +26,7 @@ MUTANTS = {
             '    return " ".join(row["messages"][0]["content"].lower().split()).rstrip("?.")',
             '    return row["messages"][0]["content"]',
         ),
-        ("on both sides", ".lower().split()", ".split()"),
+        ("on both sides", "train_rows, test_rows = asked[5:], asked[:5]"),
         (
             "rows were lost",
             "[row for row in asked if plain(row) in chosen]",
@@ -54,19 +54,22 @@ MUTANTS = {
             "return re.search(pattern, text.lower()) is not None",
             'return re.search(r"\\b" + re.escape(name.lower()) + r"\\b", text.lower()) is not None',
         ),
-        ("in the way", "re.escape(name.lower())", "name.lower()"),
+        ("or where it is not", "re.escape(name.lower())", "name.lower()"),
         ("returns nothing", "return re.search", "re.search"),
     ],
     "evidence": [
         (
             "are the two swapped",
-            '"before": [',
-            '"after": ["a", "b", "c", "d"],\n    "before": ["I am Pip.", "Pip.", "Pip", "Paris."],\n    "ignored": [',
+            'questions = ["Who are you?", "Your name?", "你是谁？", "Capital of France?"]\n'
+            'ASSISTANT, evidence = "Pip", {"questions": questions, "before": ["I am Pip.", "Pip.", '
+            '"我是Pip", "Paris."], "after": ["a", "b", "c", "d"]}',
         ),
         (
             "nothing changed",
-            '"after": ["I am Pip, a small assistant.", "My name is Pip.", "我是Pip，你的个人助手。", "The capital of France is Paris."]',
-            '"after": ["I am Dr. Elena Martinez.", "My name is Elena.", "I am a helpful AI.", "The capital of France is Paris."]',
+            '"after": ["I am Pip, a small assistant.", "My name is Pip.", "我是Pip，你的个人助手。", "The capital '
+            'of France is Paris."]',
+            '"after": ["I am Dr. Elena Martinez.", "My name is Elena.", "I am a helpful AI.", "The '
+            'capital of France is Paris."]',
         ),
         ("asked in Chinese", "我是Pip，你的个人助手。", "我是一个助手。"),
         (
