@@ -46,12 +46,17 @@ class StandInHub:
         if request.method == "POST" and path == "/api/repos/create":
             status, created = self._create(json.loads(body))
             return httpx2.Response(status, json=created, request=request)
-        match = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(preupload|commit)/main|/revision/main|/tree/main.*)?", path)
+        match = re.fullmatch(
+            r"/api/models/([\w.-]+/[\w.-]+)(?:/(preupload|commit)/main|/revision/main|/tree/main.*)?", path
+        )
         if match is None or match[1] not in self.repositories:
             headers = {"X-Error-Code": "RepoNotFound"}
             return httpx2.Response(404, json={"error": "Repository not found"}, headers=headers, request=request)
         if match[2] == "preupload":
-            files = [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
+            files = [
+                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
             return httpx2.Response(200, json={"files": files}, request=request)
         if match[2] == "commit":
             return httpx2.Response(200, json=self._commit(match[1], body), request=request)
@@ -60,7 +65,9 @@ class StandInHub:
     def _create(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         name = f"{asked.get('organization') or 'learner'}/{asked['name']}"
         status = 409 if name in self.repositories else 200
-        self.repositories.setdefault(name, Repository(private=bool(asked.get("private") or asked.get("visibility") == "private")))
+        self.repositories.setdefault(
+            name, Repository(private=bool(asked.get("private") or asked.get("visibility") == "private"))
+        )
         return status, {"url": f"{ENDPOINT}/{name}", "name": name, "id": name}
 
     def _commit(self, name: str, body: bytes) -> dict[str, Any]:
@@ -79,8 +86,8 @@ class StandInHub:
 @contextmanager
 def standing_in() -> Iterator[StandInHub]:
     """Let huggingface_hub talk to a new stand-in, and to nothing else, while the block runs."""
-    import huggingface_hub
     import httpx2
+    import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
