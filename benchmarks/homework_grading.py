@@ -23,7 +23,7 @@ from course_lib.notebook import machine_name
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "homework"))
-from submissions import answered
+from submissions import answered  # noqa: E402
 
 KINDS = {
     "solution": "",
