@@ -109,7 +109,7 @@ def _run(notebook: NotebookNode, folder: Path, seconds: int) -> tuple[float, dic
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    Execute(timeout=seconds).preprocess(notebook, {"metadata": {"path": str(folder)}})
+    Execute(timeout=seconds, shutdown_kernel="immediate").preprocess(notebook, {"metadata": {"path": str(folder)}})
     points, failed = 0.0, {}
     for cell in notebook.cells:
         if cell.cell_type != "code" or not is_grade(cell):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from assignments import SOURCE, nbgrader
+from assignments import nbgrader
 from submissions import answered, solution_lines
 
 pytest.importorskip("nbgrader")
@@ -23,16 +22,6 @@ for name in ("loss", "cut"):
     setattr(checks_01, name, lambda *a, **k: None)
 get_ipython().input_transformers_cleanup.append(lambda lines: ["pass"])
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A course with hw01 released."""
-    folder = tmp_path_factory.mktemp("course")
-    shutil.copytree(SOURCE / "hw01", folder / "source" / "hw01")
-    shutil.copy(SOURCE.parent / "nbgrader_config.py", folder)
-    grading.release(grading.open_course(folder), "hw01")
-    return folder
 
 
 def release_of(folder: Path) -> nbformat.NotebookNode:

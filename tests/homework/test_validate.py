@@ -9,7 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from assignments import SOURCE, nbgrader
+from assignments import nbgrader
 from course_runner import Course
 from submissions import answered
 
@@ -17,15 +17,6 @@ pytest.importorskip("nbgrader")
 from course_lib.errors import InputError
 from course_lib.homework import grading
 from course_lib.homework.validate import cell_faults, validate
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("course")
-    shutil.copytree(SOURCE / "hw01", folder / "source" / "hw01")
-    shutil.copy(SOURCE.parent / "nbgrader_config.py", folder)
-    grading.release(grading.open_course(folder), "hw01", ["ada", "bob"])
-    return folder
 
 
 @pytest.fixture
