@@ -19,9 +19,14 @@ from rich.table import Table
 from course_lib.cli_agent import AgentOption, McpOption, ProtocolOption, ToolsOption, TurnsOption, chat_as_agent
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
+from course_lib.cli_export import export_app
 from course_lib.cli_plan import plan
+<<<<<<< HEAD
 from course_lib.cli_serve import app as web_app
 from course_lib.cli_serve import serve
+=======
+from course_lib.cli_publish import publish
+>>>>>>> 2d3d542337d134a3c66432d0ad03b9a36bbe529b
 from course_lib.errors import CourseError, InputError
 from course_lib.files import WRONG_PLACE
 
@@ -33,7 +38,6 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="The models the course knows.")
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
-export_app = typer.Typer(no_args_is_help=True, help="Models and adapters in other programs' forms.")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
@@ -259,18 +263,7 @@ def convert(
     print(converted.out)
 
 
-@export_app.command("original")
-def export_original(
-    adapter: Path,
-    out: Path,
-    base: Annotated[
-        str | None, typer.Option(help="the base's name or folder; default: the one the adapter names")
-    ] = None,
-) -> None:
-    """Write an InternLM adapter for the module names of its own code; prints the folder."""
-    from course_lib.internlm.adapter import export_original
-
-    print(export_original(adapter, out, base=base))
+app.command()(publish)
 
 
 @app.command()
