@@ -284,7 +284,7 @@ def test_text_and_marks_stand_out_from_their_ground(theme: str) -> None:
 @pytest.mark.parametrize(
     "asset",
     [
-        *("mask_view.js", "packing_view.js", "memory_planner.js", "course.css"),
+        *("dom.js", "mask_view.js", "packing_view.js", "memory_planner.js", "loss_chart.js", "course.css"),
         *("mask_view.py", "packing_view.py", "memory_planner.py"),
     ],
 )
