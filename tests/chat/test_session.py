@@ -439,3 +439,25 @@ def test_sampling_settings_are_frozen() -> None:
     settings = SamplingSettings(temperature=1, seed=0)
     with pytest.raises(AttributeError):
         settings.temperature = 0.5
+
+
+def test_a_question_is_taken_back_with_its_answer(chat: Callable[..., ChatSession]) -> None:
+    session = chat(system="be brief")
+    first = session.ask("one")
+    session.ask("two")
+    assert session.take_back() == "two"
+    assert [message["content"] for message in session.messages] == ["be brief", "one", first]
+    assert session.take_back() == "one"
+    with pytest.raises(InputError, match="nothing was asked"):
+        session.take_back()
+    assert session.ask("one") == first
+
+
+def test_tokens_are_counted_while_the_answer_is_written(chat: Callable[..., ChatSession]) -> None:
+    session = chat()
+    assert session.new_tokens == 0
+    with model_says(session, "abcdefgh", delay=0.01):
+        counts = [session.new_tokens for _ in session.stream("hi")]
+    assert counts[-1] == session.last_stats.new_tokens == 8
+    assert counts == sorted(counts)
+    assert session.new_tokens == 0
