@@ -7,12 +7,12 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_model import model_says
 
 from course_lib.chat.generation import AnswerStreamer, logits_processors
 from course_lib.chat.session import ChatSession, SamplingSettings
@@ -36,30 +36,6 @@ def chat(loaded: tuple[Any, Any]) -> Callable[..., ChatSession]:
         return ChatSession(*loaded, **{"sampling": EIGHT, **options})
 
     return make
-
-
-@contextmanager
-def model_says(session: ChatSession, text: str, *, end: bool = True, delay: float = 0.0) -> Iterator[None]:
-    """Make the model write this text, over and over unless it ends; generation itself is the real one."""
-    import torch
-
-    ids = session.tokenizer(text, add_special_tokens=False)["input_ids"]
-    script = [*ids, session.tokenizer.eos_token_id] if end else ids * 1000
-    position = 0
-
-    def force(module: Any, inputs: Any, output: Any) -> Any:
-        nonlocal position
-        time.sleep(delay)
-        output.logits = torch.full_like(output.logits, -1e4)
-        output.logits[:, -1, script[position % len(script)]] = 0.0
-        position += 1
-        return output
-
-    hook = session.model.register_forward_hook(force)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def test_the_prompt_of_every_turn_is_a_prefix_of_what_training_sees(chat: Callable[..., ChatSession]) -> None:
