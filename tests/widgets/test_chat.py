@@ -302,10 +302,10 @@ def test_turns_that_leave_the_context_are_told(tiny_chat: Callable[..., ChatSess
     session = tiny_chat(context=300)
     chat = ChatWidget(session)
     with model_says(session, "fine"):
-        for _ in range(3):
+        for _ in range(5):
             chat.ask("a question of some length")
     assert "the oldest 2 messages no longer fit into the context" in [turn["answers"][0]["note"] for turn in chat.turns]
-    assert len(training_messages(chat)) == 6  # the saved row has them still
+    assert len(training_messages(chat)) == 10  # the saved row has them still
 
 
 def training_messages(chat: ChatWidget) -> list[dict[str, Any]]:
