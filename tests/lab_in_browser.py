@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 BROWSER_FLAGS = (
     "--no-sandbox",
@@ -137,26 +137,35 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 @contextmanager
-def browser_page(width: int = 1280, height: int = 1000) -> Iterator[Page]:
-    """A page of the installed chromium; the test is skipped where there is none, or no Playwright to drive it."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright: pip install 'course-lib[browser]'"
-    )
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+def chromium() -> Iterator[Browser]:
+    """The installed chromium; the test is skipped where there is none, or no Playwright to drive it."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'course-lib[dev]'")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
         pytest.skip("no chromium on this machine")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=list(BROWSER_FLAGS))
+        browser = driver.chromium.launch(executable_path=program, args=list(BROWSER_FLAGS))
         try:
-            yield browser.new_page(viewport={"width": width, "height": height})
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def new_page(browser: Browser, width: int = 1280, height: int = 1000) -> Iterator[Page]:
+    """A page without cookies or cache of its own; waits are at most half a minute."""
+    context = browser.new_context(viewport={"width": width, "height": height})
+    context.set_default_timeout(30_000)
+    try:
+        yield context.new_page()
+    finally:
+        context.close()
 
 
 def serious_faults(page: Page, selector: str) -> list[str]:
     """What axe-core finds within `selector` and calls serious or critical, one line each; skips where axe is not installed."""
     axe = pytest.importorskip(
-        "axe_playwright_python.base", reason="needs axe-playwright-python: pip install 'course-lib[browser]'"
+        "axe_playwright_python.base", reason="needs axe-playwright-python: pip install 'course-lib[dev]'"
     )
     page.evaluate(axe.AXE_SCRIPT)
     found = page.evaluate("selector => axe.run(selector)", selector)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from lab_in_browser import JupyterLab, browser_page, jupyter_lab, run_all, serious_faults, wait_until_idle
+from lab_in_browser import JupyterLab, new_page, run_all, serious_faults, wait_until_idle
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 NEWS = "A model that was trained on three rows now knows its name. "
@@ -62,20 +61,10 @@ def pictures() -> Path:
 
 
 @pytest.fixture(scope="module")
-def lab(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]:
-    pytest.importorskip("playwright.sync_api")
-    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        pytest.skip("no chromium on this machine")
-    with jupyter_lab(tmp_path_factory.mktemp("lab")) as running:
-        running.write("chat.ipynb", SETUP, TWO, ONE, "one.transcript()", BUSY)
-        yield running
-
-
-@pytest.fixture(scope="module")
-def page(lab: JupyterLab) -> Iterator[Page]:
+def page(lab: JupyterLab, browser: Browser) -> Iterator[Page]:
     """A notebook with the two-sided and the one-sided chat; its busy cell has run once."""
-    with browser_page() as page:
-        page.set_default_timeout(30_000)
+    lab.write("chat.ipynb", SETUP, TWO, ONE, "one.transcript()", BUSY)
+    with new_page(browser) as page:
         complaints: list[str] = []
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -106,17 +95,16 @@ class Box:
     def ask(self, text: str) -> None:
         self.type(text)
         self.press("Enter")
-        self.wait("[data-busy=true]")
+        self.wait(busy=True)
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
-        root = self.page.locator(f".course-chat{condition}")
-        root.first.wait_for(state="attached", timeout=1000 * seconds)
+    def wait(self, *, busy: bool) -> None:
+        deadline = time.monotonic() + 60
+        while self.root.get_attribute("data-busy") != str(busy).lower():
+            assert time.monotonic() < deadline, f"never busy={busy}: {self.root.inner_text()}"
+            time.sleep(0.02)
 
     def wait_until_done(self) -> None:
-        deadline = time.monotonic() + 60
-        while self.root.get_attribute("data-busy") == "true":
-            assert time.monotonic() < deadline, "the answer has no end"
-            time.sleep(0.02)
+        self.wait(busy=False)
 
     def answers(self) -> list[str]:
         return self.root.locator(".course-chat-answer .course-chat-text").all_inner_texts()
@@ -176,7 +164,7 @@ def test_stop_stops_within_a_second(one: Box, how: str) -> None:
     one.wait_until_done()
     assert time.monotonic() - pressed < 1
     answer = one.answers()[0]
-    assert NEWS.startswith(answer[: len(NEWS)])
+    assert answer in 20 * NEWS
     assert "stopped" in one.notes()[0]
     time.sleep(0.4)
     assert one.answers() == [answer]  # nothing comes after
@@ -231,7 +219,7 @@ def test_keys_write_lines_and_send_once(pair: Box) -> None:
     assert pair.questions() == ["first\nsecond"]
     assert pair.root.locator(".course-chat-ask textarea").input_value() == ""
     pair.button("Ask again").click()
-    pair.wait("[data-busy=true]")
+    pair.wait(busy=True)
     pair.wait_until_done()
     assert (len(pair.questions()), len(pair.answers())) == (1, 2)
 
@@ -244,7 +232,9 @@ def test_what_is_refused_stays_in_the_box(one: Box) -> None:
     assert one.root.locator(".course-chat-ask textarea").input_value() == text
     assert one.questions() == []
     one.ask("short")
-    assert one.root.locator("[role=alert]").inner_text() == ""
+    assert one.root.locator("[role=alert]").text_content() == ""
+    one.button("Stop").click()
+    one.wait_until_done()
 
 
 def test_settings_are_used_and_wrong_ones_told(pair: Box) -> None:
@@ -284,12 +274,13 @@ def test_a_side_is_saved_as_a_row(pair: Box, page: Page, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
-def test_it_draws_in_both_themes_without_a_serious_fault(lab: JupyterLab, pictures: Path, theme: str) -> None:
+def test_it_draws_in_both_themes_without_a_serious_fault(
+    lab: JupyterLab, browser: Browser, pictures: Path, theme: str
+) -> None:
     lab.use_theme(theme)
     name = theme.split()[-1].lower()
     lab.write(f"{name}.ipynb", SETUP, TWO, ONE)
-    with browser_page() as page:
-        page.set_default_timeout(30_000)
+    with new_page(browser) as page:
         lab.open(page, f"{name}.ipynb")
         run_all(page)
         page.locator(".course-chat").nth(1).wait_for()
