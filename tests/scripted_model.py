@@ -19,15 +19,17 @@ def model_says(session: ChatSession, text: str, *, end: bool = True, delay: floa
     script = [*ids, session.tokenizer.eos_token_id] if end else ids * 1000
     position = 0
 
-    def force(module: Any, inputs: Any, output: Any) -> Any:
+    def force(module: Any, inputs: Any, options: Any, output: Any) -> Any:
         nonlocal position
+        if options["input_ids"].shape[1] > 1:  # a prompt: another answer begins
+            position = 0
         time.sleep(delay)
         output.logits = torch.full_like(output.logits, -1e4)
         output.logits[:, -1, script[position % len(script)]] = 0.0
         position += 1
         return output
 
-    hook = session.model.register_forward_hook(force)
+    hook = session.model.register_forward_hook(force, with_kwargs=True)
     try:
         yield
     finally:

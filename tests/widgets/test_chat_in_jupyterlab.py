@@ -164,7 +164,7 @@ def test_stop_stops_within_a_second(one: Box, how: str) -> None:
     one.wait_until_done()
     assert time.monotonic() - pressed < 1
     answer = one.answers()[0]
-    assert answer in 20 * NEWS
+    assert (20 * NEWS).startswith(answer)
     assert "stopped" in one.notes()[0]
     time.sleep(0.4)
     assert one.answers() == [answer]  # nothing comes after
