@@ -11,22 +11,25 @@ from course_lib.chat.session import ChatSession
 
 
 @contextmanager
-def model_says(session: ChatSession, text: str, *, end: bool = True, delay: float = 0.0) -> Iterator[None]:
-    """Make the model write this text, over and over unless it ends; generation itself is the real one."""
+def model_says(session: ChatSession, *texts: str, end: bool = True, delay: float = 0.0) -> Iterator[None]:
+    """Make the model write these texts, one an answer and the last for ever; generation itself is the real one.
+
+    Without `end`, an answer is its text over and over. `delay` is seconds a token.
+    """
     import torch
 
-    ids = session.tokenizer(text, add_special_tokens=False)["input_ids"]
-    script = [*ids, session.tokenizer.eos_token_id] if end else ids * 1000
-    position = 0
+    scripts = [session.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    scripts = [[*ids, session.tokenizer.eos_token_id] if end else ids for ids in scripts]
+    answer = position = -1
 
     def force(module: Any, inputs: Any, options: Any, output: Any) -> Any:
-        nonlocal position
-        if options["input_ids"].shape[1] > 1:  # a prompt: another answer begins
-            position = 0
+        nonlocal answer, position
+        begins = options["input_ids"].shape[1] > 1  # a prompt
+        answer, position = (answer + 1, 0) if begins else (answer, position + 1)
+        script = scripts[min(answer, len(scripts) - 1)]
         time.sleep(delay)
         output.logits = torch.full_like(output.logits, -1e4)
         output.logits[:, -1, script[position % len(script)]] = 0.0
-        position += 1
         return output
 
     hook = session.model.register_forward_hook(force, with_kwargs=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +13,18 @@ import traitlets
 from course_lib.errors import CourseError, InputError
 from course_lib.files import file_to_write, write_text
 from course_lib.widgets.base import CourseWidget, script
+from course_lib.widgets.speakers import Speaker
 from course_lib.widgets.transcript import Answer, Transcript, Turn, empty_answer, json_line, training_row
 
 if TYPE_CHECKING:
+    from course_lib.agent.runner import AgentRunner
     from course_lib.chat.session import ChatSession
-
-_SECONDS_BETWEEN_UPDATES = 0.08  # a trait change is a message to the browser: twelve a second look like typing
 
 
 class ChatWidget(CourseWidget):
     """Talk to a model, or ask several the same question: `ChatWidget(session)`, `ChatWidget({"before": a, "after": b})`.
+
+    A side is a `ChatSession`, or an `AgentRunner`, whose thoughts, calls and results are folded in above its answer.
 
     Several answer one after the other, so each one's tokens a second are its own. In a notebook that runs from top to bottom,
     `ask()` first and show the widget afterwards, or show `transcript()` in a later cell: what is said later in the browser is
@@ -46,19 +47,17 @@ class ChatWidget(CourseWidget):
     settings = traitlets.Dict().tag(sync=True)  # system, temperature, max_new_tokens
     problem = traitlets.Unicode().tag(sync=True)  # why the last thing asked for was not done
 
-    def __init__(self, session: ChatSession | Mapping[str, ChatSession]) -> None:
+    def __init__(self, session: ChatSession | AgentRunner | Mapping[str, ChatSession | AgentRunner]) -> None:
         sessions = dict(session) if isinstance(session, Mapping) else {"model": session}
         if not sessions:
             raise InputError('no model to talk to; give a ChatSession, or several by name: {"before": a, "after": b}')
-        if len({id(one) for one in sessions.values()}) < len(sessions):
-            raise InputError(
-                f"{', '.join(sessions)} are one session; make a ChatSession for each, the model may be the same"
-            )
-        self.sessions: dict[str, ChatSession] = sessions
+        self._speakers = [Speaker(one) for one in sessions.values()]
+        if len({id(speaker.session) for speaker in self._speakers}) < len(sessions):
+            raise InputError(f"{', '.join(sessions)} share a session; make one for each, the model may be the same")
         self._lock = threading.RLock()
         self._stopping = False
         self._worker: threading.Thread | None = None
-        super().__init__(sides=list(sessions), turns=_turns_so_far(sessions))
+        super().__init__(sides=list(sessions), turns=_turns_so_far(list(sessions), self._speakers))
         self._show_settings()
         self.on_msg(self._receive)
 
@@ -91,8 +90,8 @@ class ChatWidget(CourseWidget):
         """End what is being written, within a token; sides that have not begun are not asked. From any thread."""
         with self._lock:
             self._stopping = True
-            for session in self.sessions.values():
-                session.stop()
+            for speaker in self._speakers:
+                speaker.conversation.stop()
 
     def retry(self) -> None:
         """Take the last question back, with its answers, and ask it again; does not wait.
@@ -106,9 +105,9 @@ class ChatWidget(CourseWidget):
             if not self.turns:
                 raise InputError("nothing to ask again; ask a question first")
             *earlier, last = self.turns
-            for session, answer in zip(self.sessions.values(), last["answers"], strict=True):
+            for speaker, answer in zip(self._speakers, last["answers"], strict=True):
                 if answer["messages"]:
-                    session.take_back()
+                    speaker.conversation.take_back()
             self.turns = earlier
             try:
                 self._begin(last["question"])
@@ -121,8 +120,8 @@ class ChatWidget(CourseWidget):
         """Forget what was said; the system prompt stays. Raises CourseError while an answer is being written."""
         with self._lock:
             self._refuse_while_writing()
-            for session in self.sessions.values():
-                session.reset()
+            for speaker in self._speakers:
+                speaker.conversation.reset()
             self.turns = []
 
     def configure(
@@ -138,13 +137,13 @@ class ChatWidget(CourseWidget):
         changes = {name: value for name, value in wanted.items() if value is not None}
         with self._lock:
             self._refuse_while_writing()
-            sampling = [replace(session.sampling, **changes) for session in self.sessions.values()]
-            if system is not None and any(session.system != system for session in self.sessions.values()):
-                for session in self.sessions.values():
-                    session.set_system(system)
+            sampling = [replace(speaker.session.sampling, **changes) for speaker in self._speakers]
+            if system is not None and any(speaker.conversation.system != system for speaker in self._speakers):
+                for speaker in self._speakers:
+                    speaker.conversation.set_system(system)
                 self.turns = []
-            for session, settings in zip(self.sessions.values(), sampling, strict=True):
-                session.sampling = settings
+            for speaker, settings in zip(self._speakers, sampling, strict=True):
+                speaker.session.sampling = settings
             self._show_settings()
 
     def transcript(self) -> Transcript:
@@ -181,7 +180,7 @@ class ChatWidget(CourseWidget):
         with self._lock:
             self._refuse_while_writing()
             # every session reads the question before any of them answers: all take it, or none
-            streams = [session.stream(text) for session in self.sessions.values()]
+            streams = [speaker.conversation.stream(text) for speaker in self._speakers]
             self._stopping, self.problem = False, ""
             self.live = {"side": 0, "answer": empty_answer()}
             self.turns = [*self.turns, Turn(question=text, answers=[empty_answer() for _ in self.sides])]
@@ -191,7 +190,7 @@ class ChatWidget(CourseWidget):
     def _write(self, question: str, streams: list[Generator[str, None, None]]) -> None:
         answers = [empty_answer() for _ in streams]
         try:
-            for side, (session, stream) in enumerate(zip(self.sessions.values(), streams, strict=True)):
+            for side, (speaker, stream) in enumerate(zip(self._speakers, streams, strict=True)):
                 if self._stopping:
                     stream.close()
                     answers[side].update(state="cut", note="not asked: stopped before")
@@ -199,47 +198,16 @@ class ChatWidget(CourseWidget):
                 with self._lock, self.hold_sync():  # one message: the answer before must not be gone between two
                     self._show_turn(Turn(question=question, answers=[answer.copy() for answer in answers]))
                     self._show_live(side, answers[side])
-                self._write_answer(
-                    session, stream, answers[side], lambda side=side: self._show_live(side, answers[side])
+                speaker.write(
+                    stream,
+                    answers[side],
+                    stopping=lambda: self._stopping,
+                    show=lambda side=side: self._show_live(side, answers[side]),
                 )
         finally:
             with self._lock, self.hold_sync():
                 self._show_turn(Turn(question=question, answers=answers))
                 self.live = {}
-
-    def _write_answer(
-        self, session: ChatSession, stream: Generator[str, None, None], answer: Answer, show: Callable[[], None]
-    ) -> None:
-        """Read one answer to its end, and show it now and then."""
-        trimmed, started, shown = session.trimmed_turns, time.monotonic(), 0.0
-        answer["state"] = "writing"
-        show()  # the reader sees whose turn it is while the model reads the question
-        try:
-            for piece in stream:
-                answer["text"] += piece
-                now = time.monotonic()
-                answer["tokens"] = session.new_tokens
-                answer["tokens_per_second"] = answer["tokens"] / max(now - started, 1e-9)
-                if self._stopping:
-                    session.stop()
-                if now - shown > _SECONDS_BETWEEN_UPDATES:
-                    show()
-                    shown = time.monotonic()
-        except Exception as error:
-            told = str(error) if isinstance(error, CourseError) else f"{type(error).__name__}: {error}"
-            answer.update(state="failed", note=f"the model failed: {' '.join(told.split())}")
-            return
-        stats = session.last_stats
-        notes = {"end": "", "length": f"cut off at {stats.new_tokens} tokens", "stop": "stopped"}
-        gone = session.trimmed_turns - trimmed
-        left_out = f"the oldest {gone} messages no longer fit into the context" if gone else ""
-        answer.update(
-            state="done" if stats.stopped == "end" else "cut",
-            note="; ".join(filter(None, (notes[stats.stopped], left_out))),
-            tokens=stats.new_tokens,
-            tokens_per_second=stats.tokens_per_second,
-            messages=[message.copy() for message in session.messages[-2:]],
-        )
 
     def _show_turn(self, turn: Turn) -> None:
         self.turns = [*self.turns[:-1], turn]
@@ -253,11 +221,13 @@ class ChatWidget(CourseWidget):
             self.problem = problem
 
     def _show_settings(self) -> None:
-        first, *others = self.sessions.values()
+        first, *others = self._speakers
         self.settings = {
-            "system": first.system if all(other.system == first.system for other in others) else "",
-            "temperature": first.sampling.temperature,
-            "max_new_tokens": first.sampling.max_new_tokens,
+            "system": first.conversation.system
+            if all(other.conversation.system == first.conversation.system for other in others)
+            else "",
+            "temperature": first.session.sampling.temperature,
+            "max_new_tokens": first.session.sampling.max_new_tokens,
         }
 
     def _refuse_while_writing(self) -> None:
@@ -273,7 +243,9 @@ class ChatWidget(CourseWidget):
         side = side or self.sides[0]
         if side not in self.sides:
             raise InputError(f"side {side!r} is none of {', '.join(self.sides)}")
-        row = training_row(self.transcript().turns, self.sides.index(side), self.sessions[side].system)
+        number = self.sides.index(side)
+        speaker = self._speakers[number]
+        row = training_row(self.transcript().turns, number, speaker.conversation.system, speaker.tools)
         if all(message["role"] == "system" for message in row["messages"]):
             raise InputError(f"nothing to save, for {side} has answered nothing yet")
         return json_line(row)
@@ -296,20 +268,14 @@ class ChatWidget(CourseWidget):
             self.send({"answered": content["do"]})  # or else the browser says that the kernel is silent
 
 
-def _turns_so_far(sessions: Mapping[str, ChatSession]) -> list[Turn]:
-    """What the sessions' histories hold already: the same questions on every side."""
-    asked: list[list[str]] = []
-    answered: list[list[Answer]] = []
-    for session in sessions.values():
-        said = [message for message in session.messages if message["role"] != "system"]
-        pairs = list(zip(said[::2], said[1::2], strict=True))
-        asked.append([question["content"] for question, _ in pairs])
-        answered.append([{**empty_answer(), "text": answer["content"], "state": "done", "messages": [question, answer]} for question, answer in pairs])  # fmt: skip
+def _turns_so_far(sides: list[str], speakers: list[Speaker]) -> list[Turn]:
+    first, *others = histories = [speaker.turns_so_far() for speaker in speakers]
+    asked = [[turn["question"] for turn in turns] for turns in histories]
     if any(questions != asked[0] for questions in asked):
         raise InputError(
-            f"{', '.join(sessions)} were asked different questions before; reset() them, or start new sessions"
+            f"{', '.join(sides)} were asked different questions before; reset() them, or start new sessions"
         )
     return [
-        Turn(question=question, answers=[answers[number] for answers in answered])
-        for number, question in enumerate(asked[0])
+        Turn(question=turns[0]["question"], answers=[turn["answers"][0] for turn in turns])
+        for turns in zip(first, *others, strict=True)
     ]

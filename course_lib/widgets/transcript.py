@@ -6,8 +6,9 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, TypedDict
 
+from course_lib.agent.turns import numbered
 from course_lib.data.conversation import Conversation, Message, Tool
 
 State = Literal["waiting", "writing", "done", "cut", "failed"]  # cut: stopped, or as long as an answer may be
@@ -30,7 +31,6 @@ class Answer(TypedDict):
     tokens: int
     tokens_per_second: float
     messages: list[Message]
-    tools: NotRequired[list[Tool]]
 
 
 class Turn(TypedDict):
@@ -45,21 +45,19 @@ def empty_answer() -> Answer:
     return Answer(text="", steps=[], state="waiting", note="", tokens=0, tokens_per_second=0.0, messages=[])
 
 
-def training_row(turns: Sequence[Turn], side: int, system: str) -> Conversation:
+def training_row(turns: Sequence[Turn], side: int, system: str, tools: Sequence[Tool] = ()) -> Conversation:
     """One side's conversation as a `messages` row; questions that it did not answer are left out.
 
     An answer that was cut off is marked `train: false`: trained on, it would teach the model to end in the middle of a sentence.
     """
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    tools: list[Tool] = []
     for turn in turns:
         answer = turn["answers"][side]
         added: list[Message] = [message.copy() for message in answer["messages"]]
         if added and answer["state"] == "cut":
             added[-1]["train"] = False
         messages += added
-        tools = answer.get("tools", tools)
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    return numbered({"messages": messages, "tools": list(tools)} if tools else {"messages": messages})
 
 
 @dataclass(frozen=True)

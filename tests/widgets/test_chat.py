@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from scripted_model import model_says
 
+from course_lib.agent.react import ENGLISH
+from course_lib.agent.runner import AgentRunner
+from course_lib.agent.tools import shipped_tools
 from course_lib.chat.generation import SamplingSettings
 from course_lib.chat.session import ChatSession
 from course_lib.data.conversation import conversation
@@ -58,7 +61,8 @@ class FakeSession:
             raise self.fails
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
         ending = "stop" if self.stopped else "end"
-        self.last_stats = SimpleNamespace(new_tokens=self.new_tokens, tokens_per_second=5.0, stopped=ending)
+        self.last_stats = SimpleNamespace(new_tokens=self.new_tokens, seconds=self.new_tokens / 5, stopped=ending)
+        self.new_tokens = 0
 
     def stop(self) -> None:
         self.stopped = True
@@ -239,7 +243,7 @@ def test_what_cannot_be_a_chat_is_refused() -> None:
     with pytest.raises(InputError, match="no model"):
         ChatWidget({})
     same = FakeSession("x")
-    with pytest.raises(InputError, match="a, b are one session"):
+    with pytest.raises(InputError, match="a, b share a session"):
         ChatWidget({"a": same, "b": same})
     other = FakeSession("x")
     list(other.stream("asked"))
@@ -357,6 +361,83 @@ def test_the_saved_notebook_shows_the_transcript(read_html: Callable) -> None:
     assert [tag for tag, _ in elements].count("th") == 2
     assert str(transcript) == f"you: <b>hi</b>\nbefore: {HOSTILE}\nsecond line\nafter: fine"
     assert chat._repr_mimebundle_()[0]["text/html"] == transcript._repr_html_()
+
+
+ASKS = 'Thought: I need to count.\nAction: calculator\nAction Input: {"expression": "6*7"}'
+ANSWERS = "Thought: Now I know.\nFinal Answer: It is 42."
+
+
+@pytest.fixture
+def agent(tiny_chat: Callable[..., ChatSession]) -> AgentRunner:
+    session = tiny_chat(sampling=SamplingSettings(max_new_tokens=200))
+    return AgentRunner(session, shipped_tools(["calculator"]), protocol=ENGLISH, system="Use tools.")
+
+
+def test_an_agent_s_steps_stand_above_its_answer(agent: AgentRunner, read_html: Callable) -> None:
+    chat = ChatWidget({"agent": agent})
+    lengths: list[int] = []
+    chat.observe(lambda change: lengths.append(len(change.new["answer"]["steps"])) if change.new else None, "live")
+    with model_says(agent.writer, ASKS, ANSWERS):
+        assert chat.ask("6*7?") == {"agent": "It is 42."}
+    answer = chat.turns[0]["answers"][0]
+    assert [(step["title"], step["text"]) for step in answer["steps"]] == [
+        ("thinks", "I need to count."),
+        ("calls calculator", '{"expression": "6*7"}'),
+        ("calculator returns", "42"),
+        ("thinks", "Now I know."),
+    ]
+    assert (answer["state"], answer["note"]) == ("done", "")
+    written = len(ASKS.encode()) + len(ANSWERS.encode())  # the tiny model's tokens are bytes
+    assert written - 40 <= answer["tokens"] <= written + 2
+    assert lengths == sorted(lengths)
+    assert 0 < lengths[2] < 4
+    elements, text = read_html(chat.transcript()._repr_html_())
+    assert "details" in dict(elements)
+    assert '{"expression": "6*7"}' in text
+    assert "agent [calls calculator]" in str(chat.transcript())
+
+
+def test_an_agent_s_conversation_is_saved_as_it_is_fed(agent: AgentRunner, tmp_path: Path) -> None:
+    chat = ChatWidget(agent)
+    with model_says(agent.writer, ASKS, ANSWERS, ASKS, ANSWERS):
+        chat.ask("6*7?")
+        chat.retry()
+        chat.wait()
+    row = json.loads(chat.save(tmp_path / "agent.jsonl").read_text(encoding="utf-8"))
+    assert row == agent.trace  # one question, asked twice
+    assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert texts(ChatWidget(agent)) == [("6*7?", ["It is 42."])]  # a conversation begun before
+    assert len(ChatWidget(agent).turns[0]["answers"][0]["steps"]) == 4
+    chat.reset()
+    assert [message["role"] for message in agent.messages] == ["system"]
+
+
+def test_an_agent_that_goes_round_in_circles_says_so(agent: AgentRunner) -> None:
+    chat = ChatWidget(agent)
+    with model_says(agent.writer, ASKS):
+        chat.ask("6*7?")
+    answer = chat.turns[0]["answers"][0]
+    assert (answer["state"], answer["note"]) == ("cut", "it made the same call again and again")
+    assert json.loads(chat._line("model"))["messages"][-1]["train"] is False
+
+
+def test_a_turn_that_cannot_be_read_is_a_step_and_no_answer(agent: AgentRunner) -> None:
+    chat = ChatWidget(agent)
+    with model_says(agent.writer, "Action: calculator\nAction Input: {", ANSWERS):
+        assert chat.ask("6*7?") == {"model": "It is 42."}
+    assert chat.turns[0]["answers"][0]["steps"][0]["title"] == "writes what cannot be read"
+
+
+def test_an_agent_is_stopped_between_words(agent: AgentRunner) -> None:
+    chat = ChatWidget(agent)
+    with model_says(agent.writer, ASKS, delay=0.02):
+        press(chat, "ask", text="6*7?")
+        until(lambda: chat.live["answer"]["steps"])
+        pressed = time.monotonic()
+        press(chat, "stop")
+        chat.wait()
+        assert time.monotonic() - pressed < 1
+    assert chat.turns[0]["answers"][0]["note"] == "stopped"
 
 
 def test_steps_are_folded_into_the_transcript(read_html: Callable) -> None:
