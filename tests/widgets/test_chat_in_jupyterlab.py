@@ -25,9 +25,9 @@ from course_lib.models import load_model
 from course_lib.widgets.chat import ChatWidget
 from scripted_model import model_says
 
-def scripted(text, *, end=True, delay=0.01):
+def scripted(*texts, end=True, delay=0.01):
     session = ChatSession(*load_model("tiny"), sampling=SamplingSettings(max_new_tokens=800))
-    script = model_says(session, text, end=end, delay=delay)
+    script = model_says(session, *texts, end=end, delay=delay)
     script.__enter__()
     scripts.append(script)
     return session
@@ -41,6 +41,17 @@ pair
 ONE = f"""
 one = ChatWidget(scripted({NEWS!r}, end=False, delay=0.02))
 one
+"""
+AGENT = """
+from course_lib.agent.react import ENGLISH
+from course_lib.agent.runner import AgentRunner
+from course_lib.agent.tools import shipped_tools
+
+call = 'Thought: I need to count.\\nAction: calculator\\nAction Input: {"expression": "6*7"}'
+agent = ChatWidget({"agent": AgentRunner(
+    scripted(call, "Thought: Now I know.\\nFinal Answer: It is 42.", delay=0), shipped_tools(["calculator"]), protocol=ENGLISH
+)})
+agent
 """
 BUSY = f"""
 import time
@@ -279,19 +290,28 @@ def test_it_draws_in_both_themes_without_a_serious_fault(
 ) -> None:
     lab.use_theme(theme)
     name = theme.split()[-1].lower()
-    lab.write(f"{name}.ipynb", SETUP, TWO, ONE)
+    lab.write(f"{name}.ipynb", SETUP, TWO, ONE, AGENT)
     with new_page(browser) as page:
         lab.open(page, f"{name}.ipynb")
         run_all(page)
         page.locator(".course-chat").nth(1).wait_for()
         assert page.evaluate("document.body.dataset.jpThemeName") == theme
-        pair, one = Box(page, 0), Box(page, 1)
+        pair, one, agent = (Box(page, number) for number in range(3))
         for question in ("Who are you?", "And who trained you?"):
             pair.ask(question)
             pair.wait_until_done()
         pair.root.locator(".course-chat-settings summary").click()
         assert serious_faults(page, ".course-chat") == []
         pair.root.screenshot(path=pictures / f"chat_{name}_side_by_side.png")
+        agent.ask("How much is 6*7?")
+        agent.wait_until_done()
+        assert agent.answers() == ["It is 42."]
+        steps = agent.root.locator(".course-chat-steps")
+        assert "4 steps: thinks, calls calculator, calculator returns, thinks" in steps.locator("summary").inner_text()
+        assert not steps.locator("pre").first.is_visible()  # folded
+        steps.locator("summary").click()
+        assert steps.locator("pre").nth(2).inner_text() == "42"
+        agent.root.screenshot(path=pictures / f"chat_{name}_agent.png")
         one.ask("What is new?")
         one.root.locator(".course-chat-text:has-text('its name')").wait_for()
         one.root.screenshot(path=pictures / f"chat_{name}_streaming.png")

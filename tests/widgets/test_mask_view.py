@@ -232,7 +232,6 @@ MARK_ON = [
     ("line", "page"),
     ("brand", "page"),
     ("brand", "faint"),
-    ("warn", "faint"),
     ("own", "page"),
     ("ink", "warned"),
     ("ink", "faint"),
