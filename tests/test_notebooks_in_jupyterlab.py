@@ -17,6 +17,14 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+def test_a_cell_that_raises_is_seen(lab: JupyterLab, browser: Browser) -> None:
+    lab.write("raises.ipynb", "import sys; print('only a warning', file=sys.stderr)", "1 / 0", "2")
+    with new_page(browser) as page:
+        lab.open(page, "raises.ipynb")
+        with pytest.raises(AssertionError, match="ZeroDivisionError"):
+            run_all(page)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_run_all_cells_ends_without_an_error(lab: JupyterLab, browser: Browser, path: Path) -> None:
     files = lab.root / "files"
