@@ -25,7 +25,7 @@ from course_lib.models import load_model
 from course_lib.widgets.chat import ChatWidget
 from scripted_model import model_says
 
-def scripted(*texts, end=True, delay=0.01):
+def scripted(*texts, end=True, delay=0.02):
     session = ChatSession(*load_model("tiny"), sampling=SamplingSettings(max_new_tokens=800))
     script = model_says(session, *texts, end=end, delay=delay)
     script.__enter__()
@@ -104,9 +104,11 @@ class Box:
         self.root.locator(".course-chat-ask textarea").press(key)
 
     def ask(self, text: str) -> None:
+        turns = self.root.locator(".course-chat-turns > li")
+        before = turns.count()
         self.type(text)
         self.press("Enter")
-        self.wait(busy=True)
+        turns.nth(before).wait_for()  # it may be answered by the time we look
 
     def wait(self, *, busy: bool) -> None:
         deadline = time.monotonic() + 60
@@ -226,6 +228,7 @@ def test_keys_write_lines_and_send_once(pair: Box) -> None:
     pair.root.locator(".course-chat-ask textarea").press_sequentially("second")
     pair.press("Enter")
     pair.press("Enter")
+    pair.root.locator(".course-chat-turns > li").wait_for()
     pair.wait_until_done()
     assert pair.questions() == ["first\nsecond"]
     assert pair.root.locator(".course-chat-ask textarea").input_value() == ""
