@@ -20,6 +20,7 @@ from course_lib.cli_chat import chat
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
 from course_lib.cli_export import export_app
+from course_lib.cli_homework import homework_app
 from course_lib.cli_plan import plan
 from course_lib.cli_publish import publish
 from course_lib.cli_serve import app as web_app
@@ -38,6 +39,7 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes.")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
+app.add_typer(homework_app, name="homework")
 app.add_typer(export_app, name="export")
 
 ScaleOption = Annotated[
