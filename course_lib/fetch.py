@@ -251,7 +251,7 @@ def from_hub(repo: str, folder: Path, *, progress: bool = True) -> str:
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     try:
-        with _hub_bars(progress):
+        with hub_bars(progress):
             info = HfApi(endpoint=endpoint).model_info(repo, files_metadata=True)
             needed = needed_files(file.rfilename for file in info.siblings)
             if "config.json" not in needed:
@@ -290,7 +290,7 @@ def from_modelscope(repo: str, folder: Path, *, progress: bool = True) -> str:
     except ImportError as error:
         raise InputError("source modelscope needs the modelscope package: pip install modelscope") from error
     try:
-        with _hub_bars(progress):
+        with hub_bars(progress):
             files = HubApi().get_model_files(repo, recursive=True)
             needed = needed_files(file["Path"] for file in files)
             snapshot_download(repo, local_dir=str(folder), allow_patterns=needed)
@@ -319,7 +319,7 @@ def _check_file(path: Path, size: int | None, sha256: str | None, repo: str) -> 
 
 
 @contextmanager
-def _hub_bars(wanted: bool) -> Iterator[None]:
+def hub_bars(wanted: bool) -> Iterator[None]:
     """Let huggingface_hub (and ModelScope, which uses tqdm too) draw its bars only on a terminal."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

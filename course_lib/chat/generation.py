@@ -69,13 +69,21 @@ class AnswerStreamer:
 
     transformers' TextIteratorStreamer forgets all earlier tokens at a line break, and SentencePiece tokenizers then decode the
     next line without its first space: Python code arrives wrongly indented. It also holds whole words back. Here the tokens of
-    the piece before are decoded along with the new ones, as vLLM and TGI do, and only incomplete characters are held back.
+    the piece before are decoded along with the new ones, as vLLM and TGI do, and only incomplete characters are held back, and
+    what may become a stop text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        hidden: Collection[int] | None = None,
+        *,
+        stop_texts: Sequence[str] = (),
+    ) -> None:
         """`hidden` are the ids that are no text; by default those of all special tokens. Some templates write calls with such."""
         self.ids: list[int] = []
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
+        self.stop_texts = StopTexts(stop_texts)
         self._tokenizer, self._hidden = tokenizer, hidden
         self._prompt_seen = False
         self._context_start = 0  # the ids from here to _read_to are the piece before
@@ -86,12 +94,15 @@ class AnswerStreamer:
         if not self._prompt_seen:
             self._prompt_seen = True
             return
+        if self.stop_texts.found:  # generate asks whether to stop before it passes the token on, so it writes one more
+            return
         self.ids += value.flatten().tolist()
         self._emit(whole_characters=True)
 
     def end(self) -> None:
         """Pass on what was held back."""
         self._emit(whole_characters=False)
+        self._pass_on(self.stop_texts.rest())
 
     def _emit(self, *, whole_characters: bool) -> None:
         before = self._decode(self.ids[self._context_start : self._read_to])
@@ -99,7 +110,11 @@ class AnswerStreamer:
         if len(text) <= len(before) or (whole_characters and text.endswith(REPLACEMENT)):
             return
         self._context_start, self._read_to = self._read_to, len(self.ids)
-        self.pieces.put(text[len(before) :])
+        self._pass_on(self.stop_texts.certain(text[len(before) :]))
+
+    def _pass_on(self, piece: str) -> None:
+        if piece:
+            self.pieces.put(piece)
 
     def _decode(self, ids: list[int]) -> str:
         if self._hidden is not None:
@@ -109,8 +124,39 @@ class AnswerStreamer:
         return str(self._tokenizer.decode(ids, **options))
 
 
+class StopTexts:
+    """Texts that end an answer and are no part of it, looked for while it is written; `found` says that one was."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.found = False
+        self._texts = [text for text in texts if text]
+        self._held = ""  # the longest end of what was written with which a stop text begins
+
+    def certain(self, piece: str) -> str:
+        """Take the next piece of an answer; return what is sure to belong to it by now."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        starts = [start for stop in self._texts if (start := text.find(stop)) >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        lengths = (n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        end = len(text) - max(lengths, default=0)
+        self._held = text[end:]
+        return text[:end]
+
+    def rest(self) -> str:
+        """The answer has ended: what was held back belongs to it."""
+        rest, self._held = self._held, ""
+        return rest
+
+
 class Generation:
-    """One answer in the making: iterate over it for its pieces; `stop` from any thread or signal handler; then `close`."""
+    """One answer in the making: iterate over it for its pieces; `stop` from any thread or signal handler; then `close`.
+
+    It ends before the first of `stop_texts`, which is no part of it.
+    """
 
     def __init__(
         self,
@@ -121,12 +167,13 @@ class Generation:
         stop_ids: Sequence[int],
         sampling: SamplingSettings,
         hidden: Collection[int] | None = None,
+        stop_texts: Sequence[str] = (),
     ) -> None:
         """`hidden` as `AnswerStreamer` has it."""
         self.seconds = 0.0
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
         self._stop_ids, self._sampling = stop_ids, sampling
-        self._streamer = AnswerStreamer(tokenizer, hidden)
+        self._streamer = AnswerStreamer(tokenizer, hidden, stop_texts=stop_texts)
         self._stop_requested = False  # not an Event: setting one in a signal handler can deadlock on its own lock
         self._error: BaseException | None = None
         self._worker = threading.Thread(target=self._work, name="generate", daemon=True)
@@ -160,8 +207,8 @@ class Generation:
 
     @property
     def ending(self) -> Ending:
-        """Why the answer ended: the model ended it, it reached `max_new_tokens`, or it was stopped."""
-        if self._streamer.ids and self._streamer.ids[-1] in self._stop_ids:
+        """Why the answer ended: the model ended it or wrote a stop text, it reached `max_new_tokens`, or it was stopped."""
+        if self._streamer.stop_texts.found or (self._streamer.ids and self._streamer.ids[-1] in self._stop_ids):
             return "end"
         return "length" if self.new_tokens >= self._sampling.max_new_tokens else "stop"
 
@@ -190,7 +237,8 @@ class Generation:
             pad_token_id = self._stop_ids[0]
 
         def stopped(ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-            return torch.full((len(ids),), self._stop_requested, device=ids.device)
+            ended = self._stop_requested or self._streamer.stop_texts.found
+            return torch.full((len(ids),), ended, device=ids.device)
 
         self._model.generate(
             input_ids=input_ids,

@@ -79,7 +79,7 @@ def _join_parts(parts: list[Any], where: str) -> str:
         if not isinstance(part, Mapping):
             raise RowError(f"{where}: content is an array, and its part {number} is no object: {shown(part)}")
         if part.get("type") != "text":
-            raise RowError(f"{where}: content part {number} is {shown(part.get('type'))}: only text can be trained on")
+            raise RowError(f"{where}: content part {number} is {shown(part.get('type'))}: only text can be read")
         texts.append(text_field(part, "text", f"{where}: content part {number}"))
     return "".join(texts)
 

@@ -34,6 +34,7 @@ DESCRIPTIONS: dict[str, str] = {name: entry["about"] for name, entry in _CATALOG
 MESSAGE_KEYS = ("role", "content", "tool_calls", "name", "tool_call_id")  # what a template sees of a message
 Tools = Sequence[Mapping[str, Any]]  # OpenAI function schemas: {"type": "function", "function": {"name", ...}}
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_EITHER_MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ def named_template(name: str) -> ChatTemplate:
         )
     source = (TEMPLATE_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     return ChatTemplate(name=name, source=source, stop_texts=STOP_TEXTS[name])
+
+
+def without_marks(source: str) -> str:
+    """The same template in plain Jinja, which other programs read: a mark becomes a condition that always holds."""
+    return _EITHER_MARK.sub(lambda mark: f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}", source)
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, name: str = "auto") -> ChatTemplate:

@@ -150,3 +150,40 @@ def test_a_tools_odd_result_does_not_reach_the_terminal() -> None:
     agent_once(runner, "q", output_stream=io.StringIO(), notice_stream=notices)
     assert "\x1b" not in notices.getvalue()
     assert max(map(len, notices.getvalue().splitlines())) < 350
+
+
+SLOW_AGENT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from scripted import Script, steps
+from course_lib.agent.react import ENGLISH
+from course_lib.agent.runner import AgentRunner
+from course_lib.agent.terminal import agent_terminal
+from course_lib.agent.tools import tool_from
+
+def wait() -> str:
+    \"\"\"Wait.\"\"\"
+    time.sleep(30)
+    return ""
+
+agent_terminal(AgentRunner(Script(steps(("wait", "{{}}")), "Final Answer: done"), [tool_from(wait, seconds=60)], protocol=ENGLISH))
+print("left")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_ctrl_c_stops_a_tool_and_the_chat_goes_on() -> None:
+    pexpect = pytest.importorskip("pexpect")
+    code = SLOW_AGENT.format(tests=str(Path(__file__).parent))
+    child = pexpect.spawn(sys.executable, ["-c", code], timeout=30, encoding="utf-8")
+    child.expect("you> ")
+    child.sendline("one")
+    child.expect("call: wait")
+    child.sendintr()
+    child.expect(r"\[stopped\]")
+    child.expect("you> ")
+    child.sendline("two")
+    child.expect("done\r\n")
+    child.sendeof()
+    child.expect("left")
+    child.close()

@@ -30,7 +30,7 @@ def written_turns(row: dict[str, Any], template: ChatTemplate, tokenizer: Any) -
 
 
 @pytest.mark.parametrize("name", WITH_JSON_CALLS)
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(one=exchanges(st.just("")))
 def test_what_the_template_writes_is_read_back_and_written_alike(
     name: str, one: list[dict[str, Any]], tokenizer: Any

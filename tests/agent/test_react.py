@@ -27,7 +27,7 @@ ANSWER = {"role": "assistant", "content": "36", "reasoning_content": "The result
 
 
 @pytest.mark.parametrize("wording", WORDINGS, ids=lambda wording: wording.name)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(trace=traces())
 def test_parse_is_the_inverse_of_render(wording: ReAct, trace: dict[str, Any]) -> None:
     trace = numbered(trace)
@@ -38,7 +38,7 @@ def test_parse_is_the_inverse_of_render(wording: ReAct, trace: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("wording", WORDINGS, ids=lambda wording: wording.name)
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     text=st.lists(
         st.sampled_from([*SPELLINGS, "Action: search\n", 'Action Input: {"query": "x"}', "\n"]), max_size=8
