@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from course_lib.errors import InputError
 from course_lib.files import read_text
 
 homework_app = typer.Typer(no_args_is_help=True, help="Hand out, collect and grade homework.")
@@ -19,6 +21,14 @@ StudentsOption = Annotated[
     list[str] | None, typer.Option("--student", help="only this student; may be given several times")
 ]
 COURSE = Path("notebooks/homework")
+
+
+@homework_app.callback()
+def check_installed() -> None:
+    """Hand out, collect and grade homework."""
+    missing = [module for module in ("nbgrader", "nbformat", "nbclient", "ipykernel") if find_spec(module) is None]
+    if missing:
+        raise InputError(f"homework needs {', '.join(missing)}; install it: pip install 'course-lib[homework]'")
 
 
 @homework_app.command()

@@ -139,3 +139,10 @@ def test_wrong_input_is_one_line(arguments: list[str], says: str, folder: Path, 
 
 def test_a_folder_that_is_no_course_is_refused(course: Course) -> None:
     assert "is no course folder" in course("homework", "report", "hw01", "--folder", "nowhere").stderr
+
+
+def test_without_the_extra_a_command_says_what_to_install(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("course_lib.cli_homework.find_spec", lambda module: None if module == "nbgrader" else module)
+    done = course("homework", "release", "hw01")
+    assert done.returncode == 2
+    assert done.stderr == "course: homework needs nbgrader; install it: pip install 'course-lib[homework]'\n"
