@@ -114,6 +114,16 @@ def machine_name() -> str:
 def quiet_progress_bars() -> None:
     """Turn off the progress bars of transformers, huggingface_hub and tqdm."""
     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
+    import tqdm.auto
+    import tqdm.std
+
+    class Off(tqdm.std.tqdm):
+        """In a notebook `tqdm.auto` has a bar that is a widget, and does not heed the variable."""
+
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings | {"disable": True})
+
+    tqdm.auto.tqdm = Off
     from transformers.utils import logging
 
     logging.disable_progress_bar()

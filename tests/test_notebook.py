@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from matplotlib.figure import Figure
 
-from course_lib.notebook import figure_png
+from course_lib.notebook import figure_png, quiet_progress_bars
 
 
 def test_the_setup_cell_needs_nothing_that_the_base_does_not_declare() -> None:
@@ -33,3 +34,16 @@ def test_a_figure_is_drawn_small() -> None:
     png = figure_png(figure)
     assert png.startswith(b"\x89PNG")
     assert len(png) < 20_000
+
+
+def test_bars_of_tqdm_are_off_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There `tqdm.auto` has a bar that is a widget; a committed notebook would keep it."""
+    import tqdm.auto
+    import tqdm.notebook
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", tqdm.notebook.tqdm)
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    quiet_progress_bars()
+    from tqdm.auto import tqdm as bar
+
+    assert bar(range(3), disable=False).disable
