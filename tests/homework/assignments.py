@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def solution(cell: nbformat.NotebookNode) -> str:
     return cell.source.split("### BEGIN SOLUTION\n")[1].split("### END SOLUTION")[0].rstrip()
 
 
+def cleared(source: str) -> str:
+    """A cell as it is handed out."""
+    region = re.compile(r"^( *)### BEGIN SOLUTION\n.*?### END SOLUTION", re.DOTALL | re.MULTILINE)
+    return region.sub(r"\1raise NotImplementedError()", source)
+
+
 def mutated(source: str, mutant: Mutant) -> str:
     if len(mutant) == 2:
         return mutant[1]
@@ -49,7 +56,14 @@ def mutated(source: str, mutant: Mutant) -> str:
     return source.replace(old, new)
 
 
-def run(assignment: str, exercise: str, mutant: Mutant | None = None, *, visible_alone: bool = False) -> None:
+def run(
+    assignment: str,
+    exercise: str,
+    mutant: Mutant | None = None,
+    *,
+    visible_alone: bool = False,
+    unanswered: bool = False,
+) -> None:
     """Run the notebook up to the test of one exercise; raises what its check raises."""
     names: dict[str, Any] = {"__name__": "__main__"}
     for cell in notebook(assignment).cells:
@@ -61,7 +75,11 @@ def run(assignment: str, exercise: str, mutant: Mutant | None = None, *, visible
             source = mutated(source, mutant)
         if visible_alone:
             source = source.split("### BEGIN HIDDEN TESTS")[0]
-        exec(compile(source, meta["grade_id"], "exec"), names)
+        try:
+            exec(compile(cleared(source) if unanswered else source, meta["grade_id"], "exec"), names)
+        except NotImplementedError:
+            if not meta.get("solution"):
+                raise
         if is_test(meta):
             return
     raise AssertionError(f"{exercise} has no test")

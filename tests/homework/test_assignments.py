@@ -6,6 +6,7 @@ import json
 
 import pytest
 from assignments import ASSIGNMENTS, SOURCE, exercises, is_test, mutants, nbgrader, notebook, run, solution
+from submissions import solution_lines
 
 from course_lib.homework.checks import CheckFailed
 
@@ -25,6 +26,27 @@ def test_there_are_assignments() -> None:
 def test_the_solution_passes(assignment: str, exercise: str) -> None:
     run(assignment, exercise)
     run(assignment, exercise, visible_alone=True)
+
+
+@pytest.mark.parametrize(("assignment", "exercise"), EXERCISES)
+def test_what_is_handed_out_passes_nothing_and_is_called_unanswered(assignment: str, exercise: str) -> None:
+    with pytest.raises(NotImplementedError):
+        run(assignment, exercise, unanswered=True)
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_nbgrader_takes_every_solution_out(assignment: str) -> None:
+    pytest.importorskip("nbgrader")
+    from nbgrader.preprocessors import ClearHiddenTests, ClearSolutions
+
+    handed_out = notebook(assignment)
+    handed_out.metadata["kernelspec"]["language"] = "python"
+    for preprocessor in (ClearSolutions(), ClearHiddenTests()):
+        handed_out, _ = preprocessor.preprocess(handed_out, {})
+    text = "\n".join(cell.source for cell in handed_out.cells)
+    assert "BEGIN" not in text
+    assert "seed=" not in text
+    assert not [line for line in solution_lines(assignment) if line in text]
 
 
 @pytest.mark.parametrize(("assignment", "exercise", "mutant"), MUTANTS)
