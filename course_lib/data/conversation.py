@@ -58,7 +58,8 @@ class Message(TypedDict):
     """One turn. `train: False` on an assistant turn keeps it out of the loss.
 
     `tool_calls` stands on assistant turns only, and `content` may be empty beside it; a `tool` turn answers a call and may
-    name it by `name` or `tool_call_id`.
+    name it by `name` or `tool_call_id`. `reasoning_content` on an assistant turn is the thought before its answer; agent
+    protocols write it, chat templates do not.
     """
 
     role: str
@@ -66,6 +67,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[ToolCall]]
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
     train: NotRequired[bool]
 
 
@@ -165,7 +167,7 @@ def _check_message(message: Any, number: int) -> None:
         raise RowError(f"message {number}: unknown role {shown(role)} (known: {', '.join(ROLES)}){hint}")
     where = f"message {number} ({role})"
     check_text(message.get("content"), f"{where}: content")
-    for key in ("name", "tool_call_id"):
+    for key in ("name", "tool_call_id", "reasoning_content"):
         if key in message:
             check_text(message[key], f"{where}: {key}")
     if not isinstance(message.get("train", True), bool):

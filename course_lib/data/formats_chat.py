@@ -18,7 +18,7 @@ from course_lib.data.formats_tools import read_tool_calls, tools_of_row
 from course_lib.data.readers_json import read_json_text
 from course_lib.errors import did_you_mean
 
-_KEPT = ("role", "content", "tool_calls", "name", "tool_call_id", "train")
+_KEPT = ("role", "content", "tool_calls", "name", "tool_call_id", "reasoning_content", "train")
 _OTHER_ROLES = {"function": "tool", "developer": "system"}  # OpenAI's old name of `tool`, and new name of `system`
 
 
