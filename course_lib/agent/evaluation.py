@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from course_lib.agent.protocol import AgentProtocol
@@ -17,15 +17,20 @@ from course_lib.agent.turns import Turn, turn_of
 from course_lib.answer_scores import WordTokenizer
 from course_lib.chat.answers import continue_in_batches
 from course_lib.chat.generation import stop_ids
-from course_lib.comparison import ToolStep
+from course_lib.comparison import METRICS, Evaluation, RowResult, ToolStep, interval
 from course_lib.data.conversation import Conversation, Message
 from course_lib.data.tokenize import encode_prompt
+from course_lib.errors import InputError
+from course_lib.tables import as_html, as_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from course_lib.data.templates import ChatTemplate
 
+ALL = "all"
+STEP_FIGURES = ("right_tool", "right_arguments", "answered", "grounded")
+_IDEOGRAPH = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 
 
@@ -166,3 +171,58 @@ def _shown(turn: Turn) -> str:
         calls = [one["function"] for one in turn.calls]
         return "; ".join(f"{one['name']} {json.dumps(one['arguments'], ensure_ascii=False)}" for one in calls)
     return turn.answer or ""
+
+
+@dataclass(frozen=True, repr=False)
+class StepTable:
+    """The steps of an evaluation by group of rows: language, calls in the row, tool; "all" with an interval."""
+
+    groups: dict[str, Evaluation]
+
+    def _table(self) -> list[list[str]]:
+        lines = [["", *(METRICS[name].label for name in STEP_FIGURES)]]
+        for title, evaluation in self.groups.items():
+            lines.append([title, *(_figure(evaluation, name, with_interval=title == ALL) for name in STEP_FIGURES)])
+        return lines
+
+    def __repr__(self) -> str:
+        return as_text(f"steps with tools, of {len(self.groups[ALL].rows)} rows", self._table())
+
+    def _repr_html_(self) -> str:
+        return as_html(f"steps with tools, of {len(self.groups[ALL].rows)} rows", self._table())
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """Figures of each group."""
+        figures = {title: evaluation.metrics() for title, evaluation in self.groups.items()}
+        return {title: {name: of[name] for name in STEP_FIGURES if name in of} for title, of in figures.items()}
+
+
+def step_table(evaluation: Evaluation) -> StepTable:
+    """The steps of an evaluation by language and number of calls in the row, and by tool.
+
+    Raises:
+        InputError: it has no steps.
+    """
+    rows = [row for row in evaluation.rows if row.steps]
+    if not rows:
+        raise InputError("the evaluation has no steps with tools: give rows with tools, and a protocol")
+    groups: dict[str, list[RowResult]] = {}
+    for row in rows:
+        language = "Chinese" if _IDEOGRAPH.search(row.steps[0].question) else "other languages"
+        calls = sum(bool(step.tool) for step in row.steps)
+        groups.setdefault(f"{language}, {calls} calls", []).append(row)
+    for tool in sorted({step.tool for row in rows for step in row.steps if step.tool}):
+        steps = [replace(row, steps=tuple(step for step in row.steps if step.tool == tool)) for row in rows]
+        groups[tool] = [row for row in steps if row.steps]
+    named = {title: Evaluation(tuple(of)) for title, of in sorted(groups.items(), key=lambda item: "," not in item[0])}
+    return StepTable({ALL: Evaluation(tuple(rows)), **named})
+
+
+def _figure(evaluation: Evaluation, name: str, *, with_interval: bool) -> str:
+    parts = [of for row in evaluation.rows if (of := METRICS[name].parts(row))]
+    if not parts:
+        return "–"
+    right, steps = (int(sum(column)) for column in zip(*parts, strict=True))
+    text = f"{right} of {steps}, {right / steps:.0%}"
+    between = interval(evaluation, name) if with_interval else None
+    return text + (f" ({between[0]:.0%} to {between[1]:.0%})" if between else "")
