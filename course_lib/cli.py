@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from course_lib.cli_agent import AgentOption, McpOption, ProtocolOption, ToolsOption, TurnsOption, chat_as_agent
 from course_lib.cli_data import data_app
 from course_lib.cli_evaluate import evaluate
 from course_lib.cli_plan import plan
@@ -289,6 +290,11 @@ def chat(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run the Python code in the model's folder")
     ] = False,
+    agent: AgentOption = False,
+    tools: ToolsOption = None,
+    protocol: ProtocolOption = None,
+    mcp: McpOption = None,
+    max_turns: TurnsOption = 8,
 ) -> None:
     """Talk to a model: streams its answers; reads questions from standard input where that is no terminal."""
     from course_lib.adapter_record import read_record
@@ -306,16 +312,24 @@ def chat(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    from course_lib.models import load_model
 
-    loaded, tokenizer = load_model(model, dtype=dtypes[bits], adapter=adapter, trust_remote_code=trust_remote_code)
-    if template == "auto" and adapter is not None:
-        template = read_record(adapter).get("template", "auto")  # the one it was trained with
-    session = ChatSession(loaded, tokenizer, template=template, system=system, sampling=sampling)
-    if once is not None:
-        answer_once(session, once)
+    def load() -> ChatSession:
+        from course_lib.models import load_model
+
+        loaded, tokenizer = load_model(model, dtype=dtypes[bits], adapter=adapter, trust_remote_code=trust_remote_code)
+        of_adapter = read_record(adapter).get("template", "auto") if adapter is not None else "auto"
+        trained_with = of_adapter if template == "auto" else template
+        return ChatSession(loaded, tokenizer, template=trained_with, system=system, sampling=sampling)
+
+    if agent:
+        options = {"tools": tools, "protocol": protocol, "mcp": mcp or [], "max_turns": max_turns}
+        chat_as_agent(load, model=model, adapter=adapter, once=once, **options)
+    elif given := [name for name, value in (("tools", tools), ("protocol", protocol), ("mcp", mcp)) if value]:
+        raise InputError(f"--{given[0]} is for an agent: add --agent")
+    elif once is not None:
+        answer_once(load(), once)
     else:
-        chat_terminal(session)
+        chat_terminal(load())
 
 
 def _print_json(value: Any) -> None:

@@ -51,6 +51,7 @@ def examine() -> list[Check]:
         _embedded_model,
         _quantisation,
         _notebooks,
+        _agent,
         _optional,
     ]
     checks: list[Check] = []
@@ -208,11 +209,28 @@ def _notebooks() -> list[Check]:
     return [Check("JupyterLab", "ok", version)]
 
 
+def _agent() -> list[Check]:
+    from course_lib.agent.isolation import isolation_in_force
+    from course_lib.agent.lock_down import SYSTEM_CALLS
+
+    layers = isolation_in_force()
+    good = SYSTEM_CALLS in layers
+    return [
+        Check(
+            "agent's Python",
+            "ok" if good else "absent",
+            f"code that a model writes is held by {', '.join(layers) or 'nothing'}",
+            "" if good else f"the tool python is off: it needs Linux with {SYSTEM_CALLS}; the other tools work",
+        )
+    ]
+
+
 def _optional() -> list[Check]:
     gains = {
         "flash-attn": "faster attention on a GPU",
         "deepspeed": "ZeRO over several GPUs",
         "modelscope": "models from ModelScope",
+        "mcp": "tools of MCP servers for an agent",
     }
     checks = []
     for package, gain in gains.items():

@@ -37,3 +37,16 @@ def test_a_check_that_breaks_is_reported_not_raised(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "_gpu", broken)
     faults = [check for check in doctor.examine() if check.state == "fault"]
     assert any("no such thing" in check.finding for check in faults)
+
+
+def test_what_holds_a_models_code_is_named_and_its_lack_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    from course_lib.agent import isolation
+
+    (here,) = doctor._agent()
+    assert here.state in ("ok", "absent")
+    assert all(layer in here.finding for layer in isolation.isolation_in_force())
+    monkeypatch.setattr(isolation, "isolation_in_force", lambda: ("Python's audit hook",))
+    (check,) = doctor._agent()
+    assert check.state == "absent"
+    assert "held by Python's audit hook" in check.finding
+    assert "the other tools work" in check.remedy

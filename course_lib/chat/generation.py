@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,10 +72,11 @@ class AnswerStreamer:
     the piece before are decoded along with the new ones, as vLLM and TGI do, and only incomplete characters are held back.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hidden: Collection[int] | None = None) -> None:
+        """`hidden` are the ids that are no text; by default those of all special tokens. Some templates write calls with such."""
         self.ids: list[int] = []
         self.pieces: SimpleQueue[str | None] = SimpleQueue()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._prompt_seen = False
         self._context_start = 0  # the ids from here to _read_to are the piece before
         self._read_to = 0
@@ -101,8 +102,11 @@ class AnswerStreamer:
         self.pieces.put(text[len(before) :])
 
     def _decode(self, ids: list[int]) -> str:
+        if self._hidden is not None:
+            ids = [token for token in ids if token not in self._hidden]
         # Cleaned-up spaces would not encode to the ids that the model wrote.
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        options = {"skip_special_tokens": self._hidden is None, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(ids, **options))
 
 
 class Generation:
@@ -116,11 +120,13 @@ class Generation:
         *,
         stop_ids: Sequence[int],
         sampling: SamplingSettings,
+        hidden: Collection[int] | None = None,
     ) -> None:
+        """`hidden` as `AnswerStreamer` has it."""
         self.seconds = 0.0
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
         self._stop_ids, self._sampling = stop_ids, sampling
-        self._streamer = AnswerStreamer(tokenizer)
+        self._streamer = AnswerStreamer(tokenizer, hidden)
         self._stop_requested = False  # not an Event: setting one in a signal handler can deadlock on its own lock
         self._error: BaseException | None = None
         self._worker = threading.Thread(target=self._work, name="generate", daemon=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib.chat.generation import Ending, Generation, SamplingSettings, stop_ids
-from course_lib.data.conversation import Message, RowError
+from course_lib.data.conversation import Conversation, Message, RowError, Tool
 from course_lib.data.templates import choose_template
 from course_lib.data.tokenize import encode_prompt
 from course_lib.errors import CourseError, InputError
@@ -87,6 +87,34 @@ class ChatSession:
         answer = self._answer([*history, question], len(prompt), self._generation)
         self._unfinished = weakref.ref(answer)
         return answer
+
+    def stream_turn(self, row: Conversation) -> Generator[str, None, None]:
+        """Yield pieces of the next assistant turn of any conversation, with tools or without; the history has no part in it.
+
+        With tools, special tokens are text as well, but for those that end a turn: some templates write calls with them.
+
+        Raises:
+            InputError: at once: the template refuses the conversation, or it is too long for the context.
+            CourseError: at once: another thread is reading an answer of this session.
+        """
+        self._close_unfinished()
+        prompt = self._encode(row["messages"], row.get("tools", ()))
+        if not self._has_room_for(prompt):
+            raise InputError(
+                f"the conversation is too long: {len(prompt)} tokens, and max_new_tokens is {self.sampling.max_new_tokens}, but "
+                f"the context is {self.context}; begin anew, or lower max_new_tokens"
+            )
+        hidden = self._stop_ids if row.get("tools") else None
+        self._generation = Generation(
+            self.model, self.tokenizer, prompt, stop_ids=self._stop_ids, sampling=self.sampling, hidden=hidden
+        )
+        turn = self._answer(None, len(prompt), self._generation)
+        self._unfinished = weakref.ref(turn)
+        return turn
+
+    def fits(self, row: Conversation) -> bool:
+        """Whether a conversation and an answer of `max_new_tokens` fit into the context. Raises InputError as `stream_turn`."""
+        return self._has_room_for(self._encode(row["messages"], row.get("tools", ())))
 
     def ask(self, text: str) -> str:
         """Ask and return the whole answer. Raises what `stream` raises."""
@@ -166,7 +194,7 @@ class ChatSession:
         turns = self.messages[len(opening) :]
         while True:
             prompt = self._encode([*opening, *turns, question])
-            if self.context is None or len(prompt) + self.sampling.max_new_tokens <= self.context:
+            if self._has_room_for(prompt):
                 return [*opening, *turns], prompt
             if not turns:
                 raise InputError(
@@ -176,15 +204,19 @@ class ChatSession:
             second = (number for number, message in enumerate(turns) if number and message["role"] == "user")
             turns = turns[next(second, len(turns)) :]
 
-    def _encode(self, messages: list[Message]) -> list[int]:
+    def _has_room_for(self, prompt: list[int]) -> bool:
+        return self.context is None or len(prompt) + self.sampling.max_new_tokens <= self.context
+
+    def _encode(self, messages: list[Message], tools: Sequence[Tool] = ()) -> list[int]:
         try:
-            return encode_prompt(messages, self.template, self.tokenizer)
+            return encode_prompt(messages, self.template, self.tokenizer, tools)
         except RowError as error:
             raise InputError(f"this conversation cannot be rendered: {error}") from error
 
     def _answer(
-        self, messages: list[Message], prompt_tokens: int, generation: Generation
+        self, messages: list[Message] | None, prompt_tokens: int, generation: Generation
     ) -> Generator[str, None, None]:
+        """Yield the answer; with `messages`, the turns before it, it joins the history."""
         pieces: list[str] = []
         abandoned = failed = False
         try:
@@ -201,8 +233,8 @@ class ChatSession:
             generation.close()
             self._generation = None
             if not failed:
-                answer: Message = {"role": "assistant", "content": "".join(pieces)}
-                self._record([*messages, answer])
+                if messages is not None:
+                    self._record([*messages, {"role": "assistant", "content": "".join(pieces)}])
                 self.last_stats = AnswerStats(
                     prompt_tokens=prompt_tokens,
                     new_tokens=generation.new_tokens,

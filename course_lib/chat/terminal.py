@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from course_lib.errors import CourseError, InputError, did_you_mean
 
@@ -61,11 +61,7 @@ def chat_terminal(
         CourseError: not in a terminal: the model failed on some lines, told at the end.
         KeyboardInterrupt: not in a terminal: Ctrl-C.
     """
-    chat = _Chat(session, input_stream or sys.stdin, output_stream or sys.stdout, notice_stream or sys.stderr)
-    if chat.input.isatty():
-        chat.interactive()
-    else:
-        chat.piped()
+    TerminalChat(session, input_stream or sys.stdin, output_stream or sys.stdout, notice_stream or sys.stderr).run()
 
 
 def answer_once(session: ChatSession, text: str, *, output_stream: TextIO | None = None) -> None:
@@ -78,16 +74,25 @@ def answer_once(session: ChatSession, text: str, *, output_stream: TextIO | None
 
 
 @dataclass
-class _Chat:
-    session: ChatSession
+class TerminalChat:
+    """The loop over questions and commands; an agent's (`course_lib.agent.terminal`) answers in another way."""
+
+    session: Any  # a ChatSession, or what has its history's methods
     input: TextIO
     output: TextIO
     notices: TextIO
 
+    def run(self) -> None:
+        """Chat until the user leaves or the input ends. Raises what `chat_terminal` raises."""
+        if self.input.isatty():
+            self.interactive()
+        else:
+            self.piped()
+
     def interactive(self) -> None:
         with suppress(ImportError):  # none on Windows, where the console edits lines itself
             import readline  # noqa: F401  (imported, it gives input() line editing and history)
-        self._notice("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
+        self.notice("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             text = self._read_message()
             if text is None:
@@ -100,7 +105,7 @@ class _Chat:
             except Exception as error:
                 if isinstance(error, BrokenPipeError):  # nobody reads any more
                     raise
-                self._notice(_one_line(error))
+                self.notice(_one_line(error))
 
     def piped(self) -> None:
         failures: list[Exception] = []
@@ -108,7 +113,7 @@ class _Chat:
             text = line.rstrip("\r\n")
             if not text.strip():
                 continue
-            self._notice(PROMPT + printable(text))
+            self.notice(PROMPT + printable(text))
             try:
                 if self._run(text):
                     break
@@ -116,7 +121,7 @@ class _Chat:
                 if isinstance(error, BrokenPipeError):  # nobody reads any more
                     raise
                 failures.append(error)
-                self._notice(f"line {number}: {_one_line(error)}")
+                self.notice(f"line {number}: {_one_line(error)}")
         if failures:
             kind = InputError if all(isinstance(error, InputError) for error in failures) else CourseError
             raise kind(f"standard input: {len(failures)} of its lines failed; the first: {_one_line(failures[0])}")
@@ -138,10 +143,10 @@ class _Chat:
                 lines.append(self._read_line(CONTINUED))
         except (EOFError, KeyboardInterrupt, OSError):  # OSError: the terminal itself is gone
             with suppress(OSError):
-                self._notice("")
+                self.notice("")
             return None
         except UnicodeDecodeError as error:
-            self._notice(f"that line is not UTF-8 ({error.reason}); set the terminal to UTF-8")
+            self.notice(f"that line is not UTF-8 ({error.reason}); set the terminal to UTF-8")
             return ""
         return "\n".join(lines)
 
@@ -158,7 +163,7 @@ class _Chat:
         """Run a command or answer a question; return whether to leave. `/word …` is a command, unless a space stands before it."""
         command = re.fullmatch(r"(/\w*)(?:\s+(.*))?", text, re.DOTALL)
         if not command:
-            self._answer(text)
+            self.answer(text)
             return False
         name, argument = command[1].lower(), (command[2] or "").strip()
         if name == "/exit":
@@ -168,82 +173,89 @@ class _Chat:
         _COMMANDS[name].run(self, argument)
         return False
 
-    def _answer(self, text: str) -> None:
+    def answer(self, text: str) -> None:
         gone = self.session.trimmed_turns
-        with _interrupt_stops(self.session) if self.input.isatty() else nullcontext():
+        with interrupt_stops(self.session) if self.input.isatty() else nullcontext():
             _write_answer(self.session, text, self.output)
         gone = self.session.trimmed_turns - gone
         if gone:
-            self._notice(f"[the oldest {gone} turns no longer fit into the context of {self.session.context} tokens]")
+            self.notice(f"[the oldest {gone} turns no longer fit into the context of {self.session.context} tokens]")
         stats = self.session.last_stats
         if stats and stats.stopped == "length":
-            self._notice(f"[cut off at max_new_tokens {stats.new_tokens}]")
+            self.notice(f"[cut off at max_new_tokens {stats.new_tokens}]")
         elif stats and stats.stopped == "stop":
-            self._notice("[stopped]")
+            self.notice("[stopped]")
 
     def help(self, argument: str) -> None:
         for command in _COMMANDS.values():
-            self._notice(f"{command.usage:<14}{command.does}")
-        self._notice(
+            self.notice(f"{command.usage:<14}{command.does}")
+        self.notice(
             "A line that ends with a backslash goes on in the next. A question that begins with / needs a space before it."
         )
 
     def reset(self, argument: str) -> None:
         self.session.reset()
-        self._notice("[the conversation starts anew]")
+        self.notice("[the conversation starts anew]")
 
     def system(self, argument: str) -> None:
         if not argument:
             raise InputError(f"/system needs a text; now it is {self.session.system!r}")
         self.session.set_system(argument)
-        self._notice("[the conversation starts anew with this system turn]")
+        self.notice("[the conversation starts anew with this system turn]")
 
     def save(self, argument: str) -> None:
         if not argument:
             raise InputError("/save needs a file name, as in /save chat.jsonl")
-        self._notice(f"[saved to {self.session.save(argument)}]")
+        self.notice(f"[saved to {self.session.save(argument)}]")
 
     def stats(self, argument: str) -> None:
         stats = self.session.last_stats
         if stats is None:
-            self._notice("no answer yet")
+            self.notice("no answer yet")
             return
         ended = {"end": "the model ended it", "length": "cut off at max_new_tokens", "stop": "stopped"}[stats.stopped]
-        self._notice(
+        self.notice(
             f"last answer: {stats.prompt_tokens} prompt tokens, {stats.new_tokens} new tokens in {stats.seconds:.1f} s "
             f"({stats.tokens_per_second:.1f} tokens/s); {ended}"
         )
         limit = f" of {self.session.context}" if self.session.context else ""
-        self._notice(
+        self.notice(
             f"conversation: {self.session.prompt_tokens()}{limit} tokens, {self.session.trimmed_turns} turns trimmed"
         )
 
-    def _notice(self, line: str) -> None:
+    def notice(self, line: str) -> None:
         self._write_notice(line + "\n")
 
     def _write_notice(self, text: str) -> None:
-        _write(self.notices, text)
+        write(self.notices, text)
 
 
 @dataclass(frozen=True)
 class _Command:
     usage: str
     does: str
-    run: Callable[[_Chat, str], None]
+    run: Callable[[TerminalChat, str], None]
 
 
 _COMMANDS = {
-    "/help": _Command("/help", "this list", _Chat.help),
-    "/reset": _Command("/reset", "forget the conversation, keep the system turn", _Chat.reset),
-    "/system": _Command("/system TEXT", "start anew with this system turn", _Chat.system),
-    "/save": _Command("/save FILE", "write the conversation as one line of JSONL", _Chat.save),
-    "/stats": _Command("/stats", "tokens and speed of the last answer", _Chat.stats),
+    "/help": _Command("/help", "this list", TerminalChat.help),
+    "/reset": _Command("/reset", "forget the conversation, keep the system turn", TerminalChat.reset),
+    "/system": _Command("/system TEXT", "start anew with this system turn", TerminalChat.system),
+    "/save": _Command("/save FILE", "write the conversation as one line of JSONL", TerminalChat.save),
+    "/stats": _Command("/stats", "tokens and speed of the last answer", lambda chat, argument: chat.stats(argument)),
     "/exit": _Command("/exit", "leave; so does Ctrl-D", lambda chat, argument: None),
 }
 
 
+class Stoppable(Protocol):
+    """What writes an answer that can be ended."""
+
+    def stop(self) -> None:
+        """End the answer; from a signal handler."""
+
+
 @contextmanager
-def _interrupt_stops(session: ChatSession) -> Iterator[None]:
+def interrupt_stops(session: Stoppable) -> Iterator[None]:
     """Ctrl-C ends the answer, a second one the chat. Only the main thread receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -270,13 +282,13 @@ def _write_answer(session: ChatSession, text: str, output: TextIO) -> None:
     with closing(pieces):
         try:
             for last in printable_pieces(pieces):
-                _write(output, last)
+                write(output, last)
         finally:  # what comes next begins on a line of its own
             if not last.endswith("\n"):
-                _write(output, "\n")
+                write(output, "\n")
 
 
-def _write(stream: TextIO, text: str) -> None:
+def write(stream: TextIO, text: str) -> None:
     try:
         stream.write(text)
     except UnicodeEncodeError:  # a terminal of another encoding than UTF-8

@@ -7,12 +7,13 @@ An adapter trained on a quantised base was fitted to the rounded weights, so W i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from course_lib.adapter_record import check_adapter, read_record
+from course_lib.adapter_record import RECORD_FILE, check_adapter, read_record
 from course_lib.errors import CourseError, InputError
 from course_lib.export.adapter_changes import Change, adapter_changes, model_structure
 from course_lib.export.model_files import (
@@ -24,7 +25,7 @@ from course_lib.export.model_files import (
     write_shards,
 )
 from course_lib.export.stored import Stored, open_weights, stored_tensors
-from course_lib.files import atomic_folder, file_to_write, read_json
+from course_lib.files import atomic_folder, file_to_write, read_json, write_text
 from course_lib.internlm.adapter import llama_names
 from course_lib.internlm.layout import layout_of
 from course_lib.models import model_folder
@@ -119,6 +120,8 @@ def merge(
     with atomic_folder(target) as folder:
         check_room(folder, total)
         copy_side_files(base, folder, config, dtype=dtype, template=record.get("template", "auto"))
+        if (protocol := record.get("protocol", "auto")) != "auto":  # how it was trained to call tools: chat asks for it
+            write_text(folder / RECORD_FILE, json.dumps({"protocol": protocol}) + "\n")
         write_shards(folder, shards, merged)
     return Path(out)
 

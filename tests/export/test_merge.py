@@ -547,3 +547,12 @@ def test_a_named_template_goes_along_into_the_merged_model(tiny: Path, tmp_path:
     adapter = make_adapter(tiny, tmp_path / "adapter", record={"dtype": "float32", "template": "chatml"})
     merged = merge(tiny, adapter, tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(merged).chat_template == named_template("chatml").source
+
+
+def test_the_protocol_of_an_agent_goes_along_into_the_merged_model(tiny: Path, tmp_path: Path) -> None:
+    from course_lib.agent.terminal import recorded_protocol
+
+    adapter = make_adapter(tiny, tmp_path / "adapter", record={"dtype": "float32", "protocol": "react_brief"})
+    assert recorded_protocol(str(merge(tiny, adapter, tmp_path / "merged"))) == "react_brief"
+    plain = make_adapter(tiny, tmp_path / "plain", record={"dtype": "float32", "protocol": "auto"})
+    assert not (merge(tiny, plain, tmp_path / "merged_plain") / "course.json").exists()
