@@ -55,6 +55,7 @@ def evaluate(
     from course_lib.adapter_record import check_adapter, read_record
     from course_lib.agent.evaluation import step_table
     from course_lib.agent.protocol import choose_protocol
+    from course_lib.agent.terminal import recorded_protocol
     from course_lib.comparison import compare
     from course_lib.data.dataset import read_conversations
     from course_lib.evaluation import evaluate, evaluate_general_knowledge
@@ -77,8 +78,8 @@ def evaluate(
     held_out: dict[str, Evaluation] = {}
     general: dict[str, Evaluation] = {}
     chosen = template if template != "auto" or adapter is None else read_record(adapter).get("template", "auto")
-    if protocol == "auto":
-        protocol = settings.protocol if adapter is None else read_record(adapter).get("protocol", settings.protocol)
+    if protocol == "auto" and (protocol := recorded_protocol(model, adapter)) == "auto":
+        protocol = settings.protocol
     for name, (base, with_adapter) in sides.items():
         with _loaded(base, with_adapter, bits=bits, template=chosen) as loaded, _progress(name) as progress:
             limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_length": max_length}

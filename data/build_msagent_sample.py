@@ -10,6 +10,7 @@ put into the order of a hash, so that tools and languages are mixed.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -69,7 +70,11 @@ def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str
     joints = source["joints"][language]
     joint = _pick(joints[split], number, "joint", *pair)
     second = parts[1][0]
-    if language == "en" and not re.match(r"I |[A-Z]\w* (in|of) ", second) and not joint.endswith("questions. {first} {second}"):
+    if (
+        language == "en"
+        and not re.match(r"I |[A-Z]\w* (in|of) ", second)
+        and not joint.endswith("questions. {first} {second}")
+    ):
         second = second[0].lower() + second[1:]
     answer = joints["answer"].format(first=parts[0][2], second=parts[1][2])
     return joint.format(first=parts[0][0], second=second), f"{parts[0][1]}\n{parts[1][1]}\n{answer}"
@@ -98,7 +103,11 @@ def _asked(
         raise SystemExit(f"{question}: {task['tool']} returned {result}")
     answer = _pick(form["answer"], number, name, "answer").format(**drawn, result=result)
     call = json.dumps({"api_name": task["tool"], "parameters": arguments}, ensure_ascii=False)
-    return question, f"<|startofthink|>```JSON\n{call}\n```<|endofthink|>\n<|startofexec|>```\n{result}\n```<|endofexec|>", answer
+    return (
+        question,
+        f"<|startofthink|>```JSON\n{call}\n```<|endofthink|>\n<|startofexec|>```\n{result}\n```<|endofexec|>",
+        answer,
+    )
 
 
 RANGES = ("count", "few", "exponent", "number", "large", "percent", "amount")
@@ -117,12 +126,20 @@ def _result(name: str, arguments: dict[str, Any], *, moment: str) -> str:
             return now.astimezone(tz)
 
     tools.datetime = SimpleNamespace(datetime=Still)
-    return tools.run_tool(SHIPPED[name], arguments).text
+    return _said(name, json.dumps(arguments), moment if name == "clock" else "")
+
+
+@functools.cache
+def _said(name: str, arguments: str, moment: str) -> str:
+    """Each call is made once: the solver starts a process for it."""
+    return tools.run_tool(SHIPPED[name], json.loads(arguments)).text
 
 
 def _row(split: str, number: int, language: str, question: str, written: str) -> dict[str, Any]:
     listed = [_described(tool, plugin=number % PLUGIN_EVERY == 0) for tool in SHIPPED.values()]
-    numbered = "\n".join(f"{place}. {json.dumps(tool, ensure_ascii=False)}" for place, tool in enumerate(listed, start=1))
+    numbered = "\n".join(
+        f"{place}. {json.dumps(tool, ensure_ascii=False)}" for place, tool in enumerate(listed, start=1)
+    )
     turns = [
         {"from": "system", "value": f"{RULES[language]}\n{numbered}"},
         {"from": "user", "value": question},
@@ -151,5 +168,8 @@ def _hash(*texts: str) -> str:
 
 if __name__ == "__main__":
     for target in [Path(name) for name in sys.argv[1:]] or TARGETS:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows("test" if target.stem.endswith("_test") else "train"))
+        lines = (
+            json.dumps(row, ensure_ascii=False) + "\n"
+            for row in rows("test" if target.stem.endswith("_test") else "train")
+        )
         target.write_text("".join(lines), encoding="utf-8", newline="\n")

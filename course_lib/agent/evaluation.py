@@ -79,7 +79,7 @@ def tool_steps(
     taken: list[list[ToolStep]] = [[] for _ in rows]
     for step, ids in zip(asked, written, strict=True):
         stopped = ids[-1] in ends
-        text = tokenizer.decode(ids[:-1] if stopped else ids)
+        text = tokenizer.decode(ids[:-1] if stopped else ids, clean_up_tokenization_spaces=False)
         taken[step.row].append(_judged(step, text, protocol.read_turn(text), stopped=stopped))
     return [tuple(steps) for steps in taken]
 
