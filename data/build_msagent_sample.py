@@ -31,10 +31,11 @@ FOLDER = Path(__file__).parent
 TARGETS = (FOLDER / "msagent_sample.jsonl", FOLDER / "msagent_test.jsonl")
 SHIPPED = {tool.name: tool for tool in tools.shipped_tools()}
 RULES = {
-    "en": "You can call tools. Write a call as JSON with api_name and parameters, between <|startofthink|> and <|endofthink|>. The tools:",
-    "zh": "你可以调用工具。调用时以JSON给出api_name和parameters，并在前后使用<|startofthink|>和<|endofthink|>。工具：",
+    "en": "Call a tool with JSON of api_name and parameters between <|startofthink|> and <|endofthink|>. Tools:",
+    "zh": "调用工具时，在<|startofthink|>和<|endofthink|>之间写JSON，包含api_name和parameters。工具：",
 }
 PLUGIN_EVERY, TEXT_EVERY = 5, 8  # rows with the tools in MSAgent's other form, and with the conversation as text
+ALL_EVERY, OTHER_TOOLS = 3, 2
 FIRST_MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -69,7 +70,9 @@ def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str
     parts = [_asked(name, source["tasks"][name], source["values"], language, split, number) for name in pair]
     joints = source["joints"][language]
     joint = _pick(joints[split], number, "joint", *pair)
-    second = parts[1][0]
+    first, second = (
+        part[0] if part[0][-1] in ".?!。？！" else part[0] + {"en": ".", "zh": "。"}[language] for part in parts
+    )
     if (
         language == "en"
         and not re.match(r"I |[A-Z]\w* (in|of) ", second)
@@ -77,7 +80,7 @@ def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str
     ):
         second = second[0].lower() + second[1:]
     answer = joints["answer"].format(first=parts[0][2], second=parts[1][2])
-    return joint.format(first=parts[0][0], second=second), f"{parts[0][1]}\n{parts[1][1]}\n{answer}"
+    return joint.format(first=first, second=second), f"{parts[0][1]}\n{parts[1][1]}\n{answer}"
 
 
 def _asked(
@@ -110,7 +113,7 @@ def _asked(
     )
 
 
-RANGES = ("count", "few", "exponent", "number", "large", "percent", "amount")
+RANGES = ("count", "few", "number", "large", "percent", "amount")
 
 
 def _result(name: str, arguments: dict[str, Any], *, moment: str) -> str:
@@ -136,7 +139,10 @@ def _said(name: str, arguments: str, moment: str) -> str:
 
 
 def _row(split: str, number: int, language: str, question: str, written: str) -> dict[str, Any]:
-    listed = [_described(tool, plugin=number % PLUGIN_EVERY == 0) for tool in SHIPPED.values()]
+    listed = [
+        _described(SHIPPED[name], plugin=number % PLUGIN_EVERY == 0)
+        for name in _listed(split, number, question, written)
+    ]
     numbered = "\n".join(
         f"{place}. {json.dumps(tool, ensure_ascii=False)}" for place, tool in enumerate(listed, start=1)
     )
@@ -149,10 +155,22 @@ def _row(split: str, number: int, language: str, question: str, written: str) ->
     return {"id": f"course_{split}_{number}", "conversations": conversations}
 
 
+def _listed(split: str, number: int, question: str, written: str) -> list[str]:
+    """The tools of a row, in the order of the course: all of them in the test and in every third row; elsewhere those that are
+    called and two more, so that the model learns to look which there are."""
+    if split == "test" or number % ALL_EVERY == 0:
+        return list(SHIPPED)
+    called = {name for name in SHIPPED if f'"api_name": "{name}"' in written}
+    others = sorted({*SHIPPED} - called, key=lambda name: _hash(question, name))[:OTHER_TOOLS]
+    return [name for name in SHIPPED if name in called or name in others]
+
+
 def _described(tool: tools.AgentTool, *, plugin: bool) -> dict[str, Any]:
     """A tool as MSAgent's system turns list it: parameters as a list, `required` as text."""
     required = tool.parameters["required"]
-    parameters = [{"name": key, "required": str(key in required)} for key in tool.parameters["properties"]]
+    parameters = [
+        {"name": key} | ({"required": "True"} if key in required else {}) for key in tool.parameters["properties"]
+    ]
     schema = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"plugin_name": tool.name, "plugin_schema_for_model": schema} if plugin else schema
 
