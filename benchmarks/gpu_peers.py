@@ -53,6 +53,7 @@ def train_with_trl(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            log_level="error",
         )
         trainer = SFTTrainer(
             model=model,

@@ -16,6 +16,10 @@ __version__ = "0.1.0"
 
 # where the names a notebook imports from course_lib live
 _NAMES = {
+    "AgentRunner": "course_lib.agent.runner",
+    "agent_of": "course_lib.agent.runner",
+    "shipped_tools": "course_lib.agent.tools",
+    "tool_from": "course_lib.agent.tools",
     "ChatSession": "course_lib.chat.session",
     "SamplingSettings": "course_lib.chat.session",
     "CourseError": "course_lib.errors",

@@ -44,8 +44,8 @@ def chat_as_agent(
     once: str | None,
 ) -> None:
     """Chat with an agent; wrong options are told before the model is loaded."""
+    from course_lib.agent.runner import agent_of
     from course_lib.agent.terminal import (
-        agent_of,
         agent_once,
         agent_terminal,
         check_options,

@@ -92,13 +92,25 @@ _FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
         "swapoff": (168, 225),
         "acct": (163, 89),
     },
+    **{
+        "link": (86, None),
+        "linkat": (265, 37),
+        "symlink": (88, None),
+        "symlinkat": (266, 36),
+    },  # they outlive the child
     **{"quotactl": (179, 60), "open_by_handle_at": (304, 265), "fanotify_init": (300, 262), "iopl": (172, None)},
     **{"ioperm": (173, None), "vmsplice": (278, 75), "setpriority": (141, 140), "sched_setscheduler": (144, 119)},
 }
 _WRITING: dict[str, tuple[int | None, int | None]] = {  # forbidden as well where there is no Landlock
     **{"creat": (85, None), "openat2": (437, 437), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None)},
-    **{"renameat": (264, 38), "renameat2": (316, 276), "link": (86, None), "linkat": (265, 37), "symlink": (88, None)},
-    **{"symlinkat": (266, 36), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "truncate": (76, 45)},
+    **{
+        "renameat": (264, 38),
+        "renameat2": (316, 276),
+        "mkdir": (83, None),
+        "mkdirat": (258, 34),
+        "rmdir": (84, None),
+        "truncate": (76, 45),
+    },
 }
 _OPENING: dict[str, tuple[int | None, int | None]] = {"open": (2, None), "openat": (257, 56)}  # flags: argument 1, 2
 _CLONE3 = 435
@@ -221,7 +233,7 @@ _FORBIDDEN_EVENTS = {
         f"os.{name}": True
         for name in ("system", "exec", "fork", "forkpty", "posix_spawn", "spawn", "startfile", "kill", "killpg")
     },
-    **{f"os.{name}": True for name in ("chmod", "chown", "utime", "setxattr", "chflags")},
+    **{f"os.{name}": True for name in ("chmod", "chown", "utime", "setxattr", "chflags", "link", "symlink")},
     **{"pty.spawn": True, "signal.pthread_kill": True, "resource.setrlimit": True, "resource.prlimit": True},
 }
 
@@ -231,7 +243,7 @@ def _add_audit_hook(folder: str, readable: Sequence[str]) -> None:
     real = os.path.realpath
     inside, allowed = real(folder) + os.sep, [real(path) for path in readable]
     forbidden, fspath, fsdecode, separator = _FORBIDDEN_EVENTS, os.fspath, os.fsdecode, os.sep
-    two_paths = ("os.rename", "os.link", "os.symlink", "shutil.move", "shutil.copyfile")
+    two_paths = ("os.rename", "shutil.move", "shutil.copyfile")
     one_path = (
         "os.remove",
         "os.mkdir",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from course_lib.agent.turns import Turn, call, check_arguments, decoder, numbered
-from course_lib.data.conversation import Conversation, Message, RowError, Tool, shown
+from course_lib.data.conversation import Conversation, Message, RowError, Tool, check_text, shown
 from course_lib.data.templates import ChatTemplate, render
 from course_lib.errors import InputError
 
@@ -154,6 +154,7 @@ def _read(text: str, form: CallForm) -> tuple[str, list[dict[str, Any]]]:
         rest = rest.lstrip()[end:].lstrip()
         if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"].strip():
             raise RowError(f"it is not an object with name and {form.key}: {shown(value)}")
+        check_text(value["name"], "the name")
         other = "parameters" if form.key == "arguments" else "arguments"
         arguments = value.get(form.key, value.get(other))
         if isinstance(arguments, str):  # OpenAI's own form is JSON text

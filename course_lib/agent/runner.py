@@ -10,15 +10,18 @@ import json
 import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from course_lib.agent.events import Answered, Called, Ended, Event, Malformed, Returned, Thought, Why, Words
-from course_lib.agent.protocol import AgentProtocol
+from course_lib.agent.protocol import AgentProtocol, choose_protocol
 from course_lib.agent.tools import AgentTool, Outcome, run_tool
 from course_lib.agent.turns import Turn, malformed, numbered, what_is_wrong, write_arguments
 from course_lib.data.conversation import Conversation, Message, RowError, ToolCall
 from course_lib.errors import CourseError, InputError
 from course_lib.files import file_to_write, write_text
+
+if TYPE_CHECKING:
+    from course_lib.chat.session import ChatSession
 
 LAST_TURN = "[this was the last call; give the final answer now]"
 REPEATED = "[this call was made before, with this result; use it, or give the final answer]"
@@ -268,3 +271,15 @@ class AgentRunner:
             )
         if self.messages[-1]["role"] != "assistant":
             self.messages.append({"role": "assistant", "content": _CLOSING["stopped"], "train": False})
+
+
+def agent_of(
+    session: ChatSession, tools: Sequence[AgentTool], *, protocol: str = "auto", max_turns: int = 8
+) -> AgentRunner:
+    """An agent that writes with the session's model, template, sampling and system turn.
+
+    Raises:
+        InputError: an unknown protocol, or `native` with a template that has no tools; two tools of one name.
+    """
+    chosen = choose_protocol(protocol, session.template, session.tokenizer)
+    return AgentRunner(session, tools, protocol=chosen, system=session.system, max_turns=max_turns)

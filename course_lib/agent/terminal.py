@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from course_lib.adapter_record import read_record
 from course_lib.agent.events import Answered, Called, Ended, Malformed, Returned, Thought, Words
+from course_lib.agent.isolation import isolation_in_force
 from course_lib.agent.mcp_tools import McpServer
 from course_lib.agent.protocol import choose_protocol
 from course_lib.agent.runner import AgentRunner
@@ -18,9 +20,6 @@ from course_lib.agent.tools import AgentTool, shipped_tools
 from course_lib.agent.turns import write_arguments
 from course_lib.chat.terminal import TerminalChat, interrupt_stops, printable, write
 from course_lib.errors import CourseError, InputError
-
-if TYPE_CHECKING:
-    from course_lib.chat.session import ChatSession
 
 LONGEST_SHOWN = 300  # characters of a result on stderr
 
@@ -46,18 +45,6 @@ def recorded_protocol(model: str, adapter: str | Path | None = None) -> str:
     return next((record["protocol"] for record in records if record.get("protocol")), "auto")
 
 
-def agent_of(
-    session: ChatSession, tools: Sequence[AgentTool], *, protocol: str = "auto", max_turns: int = 8
-) -> AgentRunner:
-    """An agent that writes with the session's model, template, sampling and system turn.
-
-    Raises:
-        InputError: an unknown protocol, or `native` with a template that has no tools; two tools of one name.
-    """
-    chosen = choose_protocol(protocol, session.template, session.tokenizer)
-    return AgentRunner(session, tools, protocol=chosen, system=session.system, max_turns=max_turns)
-
-
 def agent_terminal(
     runner: AgentRunner,
     *,
@@ -68,6 +55,12 @@ def agent_terminal(
     """As `chat_terminal`, with an agent. A question it finds no answer to counts as failed."""
     chat = _AgentChat(runner, input_stream or sys.stdin, output_stream or sys.stdout, notice_stream or sys.stderr)
     chat.notice(f"protocol {runner.protocol.name}; tools: {', '.join(runner.tools) or 'none'}")
+    if "search" in runner.tools and not os.environ.get("SERPER_API_KEY"):
+        chat.notice(
+            "search looks into the course's small encyclopedia; with SERPER_API_KEY of serper.dev, into the web"
+        )
+    if "python" in runner.tools:
+        chat.notice(f"python is held by {', '.join(isolation_in_force())}")
     chat.run()
 
 

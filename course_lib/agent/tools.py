@@ -97,7 +97,10 @@ def tool_from(
     about, described = _docstring(function)
     if not about:
         raise InputError(f"tool {name}: has no docstring; its first paragraph tells the model what it does")
-    hints = typing.get_type_hints(function)
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise InputError(f"tool {name}: one of its types is not there where it is defined: {error}") from None
     properties, required, stoppable = {}, [], False
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name == "stopped" and parameter.kind is parameter.KEYWORD_ONLY:

@@ -135,6 +135,16 @@ def _finite(text: str) -> float:
     return number
 
 
+_MORE_NAMES = {
+    "additionalProperties",
+    "patternProperties",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "$ref",
+}  # may allow what is not listed
+
+
 def what_is_wrong(one: ToolCall, tools: Sequence[Tool]) -> str:
     """Say why a call does not fit its tool's schema, in a sentence for the model; "" where it fits.
 
@@ -156,11 +166,12 @@ def what_is_wrong(one: ToolCall, tools: Sequence[Tool]) -> str:
         wrong = best_match(Draft202012Validator(parameters, registry=Registry()).iter_errors(arguments))
     except (SchemaError, Unresolvable, RecursionError) as error:
         return f"the schema of {name} is itself wrong: {' '.join(str(error).split())[:200]}"
-    unknown = sorted({*arguments} - {*parameters.get("properties", {})}) if "properties" in parameters else []
+    listed = "properties" in parameters and not _MORE_NAMES & {*parameters}
+    unknown = sorted({*arguments} - {*parameters["properties"]}) if listed else []
     if wrong is not None:
         where = "".join(f".{part}" if isinstance(part, str) else f"[{part}]" for part in wrong.path).lstrip(".")
         message = f"{where}: {wrong.message}" if where else wrong.message
-    elif unknown and parameters.get("additionalProperties") is not True:  # a misspelt argument would be left out unseen
+    elif unknown:  # JSON Schema lets them pass, and a misspelt argument would be left out unseen
         message = f"unknown argument {shown(unknown[0])}{did_you_mean(unknown[0], parameters['properties'])}"
     else:
         return ""

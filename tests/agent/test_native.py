@@ -10,7 +10,7 @@ from agent_traces import TOOLS, exchanges
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from course_lib.agent.native import Native
+from course_lib.agent.native import _FORMS, Native
 from course_lib.agent.protocol import choose_protocol
 from course_lib.agent.react import CHINESE
 from course_lib.agent.turns import Turn, call, turn_of
@@ -99,6 +99,7 @@ def test_auto_is_native_where_the_template_has_tools(tokenizer: Any) -> None:
         ("qwen_chat", "<tool_call>" + "[" * 50_000, "cannot be read"),
         ("mistral", '[TOOL_CALLS] [{"name": "search", "arguments": "no"}]', "cannot be read"),
         ("llama3_chat", '{"name": "search", "parameters": [1]}', "are an array"),
+        ("llama3_chat", '{"name": "\\ud800", "parameters": {}}', "lone surrogate"),
         ("internlm2_chat", " \n", "nothing was written"),
     ],
 )
@@ -132,9 +133,35 @@ def test_what_models_write_that_is_not_quite_the_form(name: str, text: str, turn
 
 @given(cut=st.integers(0, 60))
 def test_the_beginning_of_a_call_is_not_shown_as_words(cut: int) -> None:
-    from course_lib.agent.native import _FORMS
-
     text = 'I look.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     _, shown, done = Native(_FORMS[0]).so_far(text[:cut])
     assert "I look.\n".startswith(shown)
     assert not done
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            [
+                *OPENINGS,
+                "</tool_call>",
+                '"name": "f"',
+                ', "arguments": ',
+                '"parameters": ',
+                "{}",
+                "}",
+                "[",
+                "]",
+                "\n",
+                "x",
+                "NaN",
+            ]
+        ),
+        max_size=10,
+    )
+)
+def test_whatever_a_model_writes_is_read(parts: list[str]) -> None:
+    for form in _FORMS:
+        turn = Native(form).read_turn("".join(parts))
+        assert bool(turn.error) + bool(turn.calls) + (turn.answer is not None) == 1
+        Native(form).so_far("".join(parts))

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from agent_traces import SPELLINGS, TOOLS, exchanges, traces
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from course_lib.agent.protocol import PROTOCOLS, apply_protocol, choose_protocol
 from course_lib.agent.react import BRIEF, CHINESE, ENGLISH, ReAct
 from course_lib.agent.turns import Turn, call, numbered
 from course_lib.data.conversation import RowError
-from course_lib.data.templates import named_template
+from course_lib.data.templates import choose_template, named_template
 from course_lib.data.tokenize import IGNORE_INDEX, encode_conversation, encode_prompt
 from course_lib.errors import InputError
 
@@ -268,3 +268,20 @@ def test_another_wordings_conversation_is_not_parsed() -> None:
 def test_an_unknown_protocol_is_refused() -> None:
     with pytest.raises(InputError, match="'react_fr' is unknown: choose native, react, .*did you mean react"):
         choose_protocol("react_fr")
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", ["react", "react_en", "react_zh", "react_brief"])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(one=exchanges())
+def test_with_a_real_tokenizer_every_step_is_fed_as_it_is_trained(
+    name: str, one: list[dict[str, Any]], embedded_tokenizer: Any
+) -> None:
+    template = choose_template(embedded_tokenizer)
+    whole = encode_conversation(apply_protocol({"messages": one, "tools": TOOLS}, name), template, embedded_tokenizer)
+    for index, message in enumerate(one):
+        if message["role"] == "assistant":
+            fed = apply_protocol({"messages": one[:index], "tools": TOOLS}, name)
+            prompt = encode_prompt(fed["messages"], template, embedded_tokenizer)
+            assert whole.input_ids[: len(prompt)] == prompt
+            assert whole.labels[len(prompt)] != IGNORE_INDEX

@@ -74,9 +74,15 @@ def a_function_of_functions(city: Callable[[], str]) -> str:
     return ""
 
 
+def a_type_from_nowhere(city: Nowhere) -> str:  # type: ignore[name-defined]  # noqa: F821
+    """About."""
+    return ""
+
+
 @pytest.mark.parametrize(
     ("function", "says"),
     [
+        (a_type_from_nowhere, "'Nowhere' is not defined"),
         (no_type, "parameter city has no type"),
         (no_docstring, "has no docstring"),
         (any_number, "cannot be given by name"),

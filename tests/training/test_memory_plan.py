@@ -126,7 +126,7 @@ def test_where_nothing_fits_something_else_is_trained_or_nothing_said() -> None:
         (["training.offload=[embedding]"], 1.0, 1.0),
         (["training.offload=[layers]"], 1.05, 1.2),
         (["training.offload=[layers]", "model.dtype=bfloat16"], 1.2, 1.4),
-        (["model.dtype=bfloat16"], 0.95, 0.97),
+        (["model.dtype=bfloat16"], 0.93, 0.95),
     ],
 )
 def test_slow_downs_add_up_as_they_should(overrides: list[str], least: float, most: float) -> None:

@@ -69,8 +69,7 @@ def test_the_peak_on_a_gpu_is_foretold(setting: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    # in NF4 that side was measured with peft's general layer, which copies its input, and not with its 4-bit one
-    [name for name, sides in MEASURED.items() if "peak_gb" in sides.get("peft", {}) and name.startswith("bfloat16")],
+    [name for name, sides in MEASURED.items() if "peak_gb" in sides.get("peft", {})],
 )
 def test_the_peak_of_the_models_own_layers_is_estimated(setting: str) -> None:
     """The measured side has transformers' loss and attention, not those of PlainEngine: the same count but for details."""
