@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 from course_lib.agent.expressions import ExpressionError, Tree, parse
@@ -67,8 +68,8 @@ def write_number(value: _Number) -> str:
     if isinstance(value, Fraction):
         if value.denominator == 1:
             return str(value.numerator)
-        number = float(value) if abs(value) < 10**300 else value
-        return f"{number:.15g}" if isinstance(number, float) else str(value.numerator // value.denominator)
+        with localcontext(prec=15):  # a float would have no form for 10^-400
+            return f"{Decimal(value.numerator) / Decimal(value.denominator):.15g}".lower()
     if math.isnan(value) or math.isinf(value):
         raise ExpressionError("the value is not a finite number")
     rounded = round(value)

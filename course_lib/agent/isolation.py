@@ -29,6 +29,7 @@ OUTPUT = 100_000  # bytes read; more ends the child
 _TOO_MUCH_OUTPUT = f"the limit of {OUTPUT} bytes of output"
 _LOOK_EVERY = 0.02  # seconds
 _HERE = Path(__file__).parent
+_LIBRARIES = ("stdlib", "platstdlib", "purelib", "platlib")  # of sysconfig.get_paths()
 _SYSTEM_FILES = ("/usr/lib", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 
 
@@ -176,8 +177,8 @@ class _Output:
 @cache
 def _readable() -> list[str]:
     """Python's own files: its libraries and what the system's loader reads; not the project, not the home."""
-    homes = {Path(path).resolve() for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
-    libraries = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), *sys.path) if path}
-    inside = [path for path in libraries if path.exists() and any(path.is_relative_to(home / "lib") for home in homes)]
-    base = Path(sys.base_prefix).resolve() / "lib"
-    return [*map(str, sorted(inside)), *([str(base)] if base.exists() else []), *_SYSTEM_FILES]
+    paths = sysconfig.get_paths()
+    installed = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
+    shared = {f"{sys.base_prefix}/lib", f"{sys.prefix}/lib"}  # conda keeps what numpy links to there
+    libraries = {Path(path).resolve() for path in ({paths[name] for name in _LIBRARIES} | installed | shared)}
+    return [*map(str, sorted(path for path in libraries if path.exists())), *_SYSTEM_FILES]

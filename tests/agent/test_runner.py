@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_traces import SPELLINGS, texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted import Script, model_writes, steps
 
 from course_lib.agent.events import Answered, Called, Ended, Malformed, Returned, Thought, Words, replay
@@ -354,3 +358,45 @@ def test_without_tools_it_is_a_chat_and_a_new_system_turn_starts_anew() -> None:
     agent.ask("Hi")
     agent.reset()
     assert agent.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_special_tokens_are_text_where_a_template_writes_calls_with_them(loaded: tuple[Any, Any]) -> None:
+    """InternLM2 and Mistral begin a call with a special token; what ends the turn is never text."""
+    session = chat(loaded)
+    messages = [{"role": "user", "content": "q"}]
+    with model_writes(session, "<|im_start|>call"):
+        assert "".join(session.stream_turn({"messages": messages})) == "call"
+    with model_writes(session, "<|im_start|>call"):
+        assert session.messages == []
+        rendered = {"messages": messages, "tools": [shipped_tools(["clock"])[0].schema]}
+        session._encode = lambda messages, tools=(): [1, 2, 3]  # type: ignore[method-assign]
+        assert "".join(session.stream_turn(rendered)) == "<|im_start|>call"
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    written=st.lists(
+        st.one_of(
+            st.sampled_from([*SPELLINGS, ADD, f"Thought: t\n{ADD}", "Final Answer: 1", f"{ADD}\n{ADD}", "Thought: "]),
+            texts,
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    max_turns=st.integers(1, 4),
+)
+def test_whatever_the_model_writes_the_trace_is_a_conversation_that_renders_and_parses_back(
+    written: list[str], max_turns: int
+) -> None:
+    agent = runner(*written, tools=shipped_tools(["calculator"]), max_turns=max_turns)
+    for question in ("first", "Response: second", "Final Answer: third"):
+        events = list(agent.stream(question))
+        assert isinstance(events[-1], Ended)
+        assert sum(isinstance(event, Answered) for event in events) == 1
+    trace = agent.trace
+    schemas = [tool.schema for tool in agent.tools.values()]
+    if any(m["content"].strip() or m.get("tool_calls") for m in trace["messages"] if m["role"] == "assistant"):
+        assert to_conversation(json.loads(json.dumps(trace))) == trace
+    assert ENGLISH.parse(ENGLISH.render(trace), schemas) == trace
+    for earlier, later in pairwise(agent.writer.fed):
+        assert later["messages"][: len(earlier["messages"])] == earlier["messages"]

@@ -17,7 +17,7 @@ from course_lib.agent.units import convert
         (3, "亩", "平方米", "3 mu = 2000 m2"),
         (6, "feet", "Centimetres", "6 ft = 182.88 cm"),
         (1, "m²", "ft^2", "1 m2 = 10.76391042 ft2"),
-        (1e-7, "kWh", "J", "1e-07 kWh = 0.36 J"),
+        (1e-7, "kWh", "J", "1e-7 kWh = 0.36 J"),
         (2, "mb", "KIB", "2 MB = 1953.125 KiB"),
     ],
 )
