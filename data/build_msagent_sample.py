@@ -14,12 +14,11 @@ import functools
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -53,8 +52,8 @@ def _turns(source: dict[str, Any], split: str) -> Iterator[tuple[str, str, str]]
         for language in ("en", "zh"):
             wordings = task.get(language, {}).get(split, [])
             for number in range(len(wordings) * task.get("repeats", {}).get(split, 1)):
-                question, call, answer = _asked(name, task, values, language, split, number)
-                yield language, question, f"{call}\n{answer}"
+                asked = _asked(name, task, values, language, split, number)
+                yield language, asked.question, f"{asked.call}\n{asked.answer}"
     for number, pair in enumerate(source["pairs"]):
         for language, times in source["pair_repeats"][split].items():
             if all(language in tasks[name] for name in pair):
@@ -67,26 +66,30 @@ def _turns(source: dict[str, Any], split: str) -> Iterator[tuple[str, str, str]]
 
 
 def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str, number: int) -> tuple[str, str]:
-    parts = [_asked(name, source["tasks"][name], source["values"], language, split, number) for name in pair]
+    """Two tasks in one question, and two calls before one answer."""
+    first, second = (_asked(name, source["tasks"][name], source["values"], language, split, number) for name in pair)
     joints = source["joints"][language]
-    joint = _pick(joints[split], number, "joint", *pair)
-    first, second = (
-        part[0] if part[0][-1] in ".?!。？！" else part[0] + {"en": ".", "zh": "。"}[language] for part in parts
+    question = _pick(joints[split], number, "joint", *pair).format(
+        first=_ended(first.question, language), second=_ended(second.inner, language)
     )
-    if (
-        language == "en"
-        and not re.match(r"I |[A-Z]\w* (in|of) ", second)
-        and not joint.endswith("questions. {first} {second}")
-    ):
-        second = second[0].lower() + second[1:]
-    answer = joints["answer"].format(first=parts[0][2], second=parts[1][2])
-    return joint.format(first=first, second=second), f"{parts[0][1]}\n{parts[1][1]}\n{answer}"
+    answer = joints["answer"].format(first=first.answer, second=second.answer)
+    return question, f"{first.call}\n{second.call}\n{answer}"
 
 
-def _asked(
-    name: str, task: dict[str, Any], values: dict[str, Any], language: str, split: str, number: int
-) -> tuple[str, str, str]:
-    """A task's question, its call with its result, and the answer."""
+def _ended(question: str, language: str) -> str:
+    return question if question[-1] in ".?!。？！" else question + {"en": ".", "zh": "。"}[language]
+
+
+class _Asked(NamedTuple):
+    """A task's question, the same inside a sentence, its call with its result, and the answer."""
+
+    question: str
+    inner: str
+    call: str
+    answer: str
+
+
+def _asked(name: str, task: dict[str, Any], values: dict[str, Any], language: str, split: str, number: int) -> _Asked:
     drawn: dict[str, Any] = {}
     for keys, kind in task["values"].items():
         of_kind = values[kind].get(language, values[kind])[split]
@@ -97,7 +100,11 @@ def _asked(
     if "the" in drawn:
         drawn["The"] = drawn["the"][0].upper() + drawn["the"][1:]
     form = task[language]
-    question = _pick(form[split], number, name, language).format(**drawn)
+    wording = _pick(form[split], number, name, language)
+    question, inner = (
+        text.format(**drawn)
+        for text in (wording, wording if wording.startswith("I ") else wording[0].lower() + wording[1:])
+    )
     arguments = {key: text.format(**drawn) for key, text in form.get("arguments", task["arguments"]).items()}
     result = _result(task["tool"], arguments, moment=f"{language}{question}")
     if "fact" in drawn and drawn["fact"].removeprefix("about ") not in result:
@@ -105,12 +112,9 @@ def _asked(
     if result.startswith("error"):
         raise SystemExit(f"{question}: {task['tool']} returned {result}")
     answer = _pick(form["answer"], number, name, "answer").format(**drawn, result=result)
-    call = json.dumps({"api_name": task["tool"], "parameters": arguments}, ensure_ascii=False)
-    return (
-        question,
-        f"<|startofthink|>```JSON\n{call}\n```<|endofthink|>\n<|startofexec|>```\n{result}\n```<|endofexec|>",
-        answer,
-    )
+    made = json.dumps({"api_name": task["tool"], "parameters": arguments}, ensure_ascii=False)
+    call = f"<|startofthink|>```JSON\n{made}\n```<|endofthink|>\n<|startofexec|>```\n{result}\n```<|endofexec|>"
+    return _Asked(question, inner, call, answer)
 
 
 RANGES = ("count", "few", "number", "large", "percent", "amount")

@@ -18,6 +18,7 @@ from course_lib.data.sources import SAMPLE_FOLDER, sample_rows
 from course_lib.data.split import normal_question
 
 FILES = ("msagent_sample.jsonl", "msagent_test.jsonl")
+CHINESE = re.compile("[一-鿿]")
 LARGEST = 300_000  # bytes of a file
 
 
@@ -49,7 +50,7 @@ def test_rows_are_of_every_kind_in_two_languages_and_small(name: str) -> None:
     assert (SAMPLE_FOLDER / name).stat().st_size < LARGEST
     rows = conversations(name)
     assert len(rows) >= 120
-    kinds = Counter((bool(re.search("[一-鿿]", question(row))), len(calls(row))) for row in rows)
+    kinds = Counter((bool(CHINESE.search(question(row))), len(calls(row))) for row in rows)
     assert set(kinds) == {(chinese, count) for chinese in (False, True) for count in (0, 1, 2)}
     assert min(kinds.values()) >= 6
     assert {call["name"] for row in rows for call in calls(row)} == {tool.name for tool in shipped_tools()}
@@ -61,8 +62,17 @@ def test_no_question_wording_or_call_of_the_test_is_trained() -> None:
     assert not asked[0] & asked[1]
     wordings = [{pattern(question(row)) for row in rows if len(calls(row)) == 1} for rows in (trained, tested)]
     assert not wordings[0] & wordings[1]
-    made = [{str(call) for row in rows for call in calls(row)} for rows in (trained, tested)]
-    assert not made[0] & made[1]
+    # the Chinese names of cities are the same on both sides: nobody could tell the zone of a name never shown
+    made = [
+        {
+            str(call)
+            for row in rows
+            for call in calls(row)
+            if call["name"] != "clock" or not CHINESE.search(question(row))
+        }
+        for rows in (trained, tested)
+    ]
+    assert made[0] & made[1] == set()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -70,9 +80,11 @@ def test_calls_fit_the_tools_that_ship_and_answers_their_results(name: str) -> N
     shipped = {tool.name: tool for tool in shipped_tools()}
     protocol = choose_protocol("react_brief")
     for row in conversations(name):
-        assert [tool["function"]["name"] for tool in row["tools"]] == list(shipped)
+        names = [tool["function"]["name"] for tool in row["tools"]]
+        assert names == [one for one in shipped if one in names]
+        assert len(names) == len(shipped) or "test" not in name
         rules = protocol.render(row)["messages"][0]["content"]
-        ours = {**row, "tools": [tool.schema for tool in shipped.values()]}
+        ours = {**row, "tools": [shipped[one].schema for one in names]}
         assert (
             protocol.render(ours)["messages"][0]["content"] == rules
         )  # what the model is trained on is what chat feeds
