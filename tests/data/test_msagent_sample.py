@@ -16,6 +16,7 @@ from course_lib.data.conversation import Conversation
 from course_lib.data.formats import converted_rows, detect_format
 from course_lib.data.sources import SAMPLE_FOLDER, sample_rows
 from course_lib.data.split import normal_question
+from course_lib.recipe import recipe_for
 
 FILES = ("msagent_sample.jsonl", "msagent_test.jsonl")
 CHINESE = re.compile("[一-鿿]")
@@ -114,3 +115,12 @@ def test_results_are_what_the_tools_return(name: str, monkeypatch: pytest.Monkey
             if call["name"] == "clock" or (call["name"] == "solve" and solved > 2):
                 continue
             assert run_tool(shipped[call["name"]], call["arguments"]).text == result
+
+
+def test_the_cpu_recipe_asks_as_the_protocol_does() -> None:
+    recipe = recipe_for("msagent_react", "cpu")
+    row: Conversation = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}],
+        "tools": [tool.schema for tool in shipped_tools()],
+    }
+    assert choose_protocol(recipe.data.protocol).render(row)["messages"][0]["content"] == recipe.evaluation.system
