@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ RULES = {
     "zh": "调用工具时，在<|startofthink|>和<|endofthink|>之间写JSON，包含api_name和parameters。工具：",
 }
 PLUGIN_EVERY, TEXT_EVERY = 5, 8  # rows with the tools in MSAgent's other form, and with the conversation as text
-ALL_EVERY, OTHER_TOOLS = 3, 2
+ALL_EVERY, OTHER_TOOLS = 4, 1
 FIRST_MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -69,9 +70,9 @@ def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str
     """Two tasks in one question, and two calls before one answer."""
     first, second = (_asked(name, source["tasks"][name], source["values"], language, split, number) for name in pair)
     joints = source["joints"][language]
-    question = _pick(joints[split], number, "joint", *pair).format(
-        first=_ended(first.question, language), second=_ended(second.inner, language)
-    )
+    joint = _pick(joints[split], number, "joint", *pair)
+    asked = second.question if joint.endswith("} {second}") else second.inner
+    question = joint.format(first=_ended(first.question, language), second=_ended(asked, language))
     answer = joints["answer"].format(first=first.answer, second=second.answer)
     return question, f"{first.call}\n{second.call}\n{answer}"
 
@@ -109,6 +110,8 @@ def _asked(name: str, task: dict[str, Any], values: dict[str, Any], language: st
     result = _result(task["tool"], arguments, moment=f"{language}{question}")
     if "fact" in drawn and drawn["fact"].removeprefix("about ") not in result:
         raise SystemExit(f"{question}: {drawn['fact']!r} is not in what search returned: {result!r}")
+    if time := re.search(r"\d\d:\d\d:\d\d", result):
+        drawn["time"] = time[0]
     if result.startswith("error"):
         raise SystemExit(f"{question}: {task['tool']} returned {result}")
     answer = _pick(form["answer"], number, name, "answer").format(**drawn, result=result)
@@ -160,8 +163,8 @@ def _row(split: str, number: int, language: str, question: str, written: str) ->
 
 
 def _listed(split: str, number: int, question: str, written: str) -> list[str]:
-    """The tools of a row, in the order of the course: all of them in the test and in every third row; elsewhere those that are
-    called and two more, so that the model learns to look which there are."""
+    """The tools of a row, in the order of the course: all of them in the test and in every fourth row; elsewhere those that are
+    called and one more, so that the model learns to look which there are."""
     if split == "test" or number % ALL_EVERY == 0:
         return list(SHIPPED)
     called = {name for name in SHIPPED if f'"api_name": "{name}"' in written}
