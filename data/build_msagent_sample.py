@@ -35,7 +35,7 @@ RULES = {
     "zh": "调用工具时，在<|startofthink|>和<|endofthink|>之间写JSON，包含api_name和parameters。工具：",
 }
 PLUGIN_EVERY, TEXT_EVERY = 5, 8  # rows with the tools in MSAgent's other form, and with the conversation as text
-ALL_EVERY, OTHER_TOOLS = 4, 1
+ALL_EVERY, LISTED = 4, 3
 FIRST_MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -91,6 +91,7 @@ class _Asked(NamedTuple):
 
 
 def _asked(name: str, task: dict[str, Any], values: dict[str, Any], language: str, split: str, number: int) -> _Asked:
+    """The `number`-th use of a task. Ends the program where a tool fails, or search does not return the fact of the answer."""
     drawn: dict[str, Any] = {}
     for keys, kind in task["values"].items():
         of_kind = values[kind].get(language, values[kind])[split]
@@ -163,13 +164,13 @@ def _row(split: str, number: int, language: str, question: str, written: str) ->
 
 
 def _listed(split: str, number: int, question: str, written: str) -> list[str]:
-    """The tools of a row, in the order of the course: all of them in the test and in every fourth row; elsewhere those that are
-    called and one more, so that the model learns to look which there are."""
+    """The tools of a row, in the order of the course: all of them in the test and in every fourth row; elsewhere three, so that
+    the model learns to look which there are. How many there are says nothing of how many are called."""
     if split == "test" or number % ALL_EVERY == 0:
         return list(SHIPPED)
     called = {name for name in SHIPPED if f'"api_name": "{name}"' in written}
-    others = sorted({*SHIPPED} - called, key=lambda name: _hash(question, name))[:OTHER_TOOLS]
-    return [name for name in SHIPPED if name in called or name in others]
+    by_hash = sorted(SHIPPED, key=lambda name: (name not in called, _hash(question, name)))
+    return [name for name in SHIPPED if name in by_hash[:LISTED]]
 
 
 def _described(tool: tools.AgentTool, *, plugin: bool) -> dict[str, Any]:
