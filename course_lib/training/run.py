@@ -135,7 +135,13 @@ class Run:
         """Save the adapter, or after full fine-tuning the model. All processes call it; the first one writes."""
         with self.update.whole_weights():
             if is_main_process():
-                save_weights(self.bare_model, folder, base_folder=self.base_folder, settings=self.recipe.model)
+                save_weights(
+                    self.bare_model,
+                    folder,
+                    base_folder=self.base_folder,
+                    settings=self.recipe.model,
+                    protocol=self.recipe.data.protocol,
+                )
                 if self.recipe.lora is None:  # a whole model is loaded from its own folder
                     self._save_tokenizer(folder)
 
