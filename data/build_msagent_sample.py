@@ -78,7 +78,8 @@ def _pair(source: dict[str, Any], language: str, split: str, number: int) -> tup
     asked = second.question if joint.endswith("} {second}") else second.inner
     question = joint.format(first=_ended(first.question, language), second=_ended(asked, language))
     answer = joints["answer"].format(first=first.answer, second=second.answer)
-    return question, f"{first.call}\n{second.call}\n{answer}"
+    plan = joints["plan"].format(first=chosen[0], second=chosen[1])
+    return question, f"{plan}{first.call}\n{second.call}\n{answer}"
 
 
 def _ended(question: str, language: str) -> str:
