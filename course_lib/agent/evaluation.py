@@ -1,14 +1,15 @@
-"""Tool calls measured step by step: every assistant turn of a row is asked for after all turns before it, as they really were.
+"""Tool calls measured step by step: every assistant turn of a row is asked for after the turns before it.
 
-So a wrong call does not spoil the steps behind it, and each step says what the model does in a situation that training may have
-shown it. Results go into `RowResult.steps`; `comparison.py` makes figures and intervals of them.
+What was called rightly stands there as the model wrote it, thought and all; else as the row has it, without the thought, which
+would tell the model what to do next. So a wrong call does not spoil the steps behind it, and no step is given away. Results go
+into `RowResult.steps`; `comparison.py` makes figures and intervals of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from course_lib.answer_scores import WordTokenizer
 from course_lib.chat.answers import continue_in_batches
 from course_lib.chat.generation import stop_ids
 from course_lib.comparison import METRICS, Evaluation, RowResult, ToolStep, interval
-from course_lib.data.conversation import Conversation, Message
+from course_lib.data.conversation import CalledFunction, Conversation, Message, Tool
 from course_lib.data.tokenize import encode_prompt
 from course_lib.errors import InputError
 from course_lib.tables import as_html, as_text
@@ -34,15 +35,27 @@ _IDEOGRAPH = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asked:
-    """One step to be taken: the prompt's token ids, what is expected, and the texts an answer may draw on."""
+    """A row while it is asked: the turns up to the next step, and the turns that are left, a step first."""
 
-    row: int
-    prompt: list[int]
-    expected: Turn
-    question: str
-    results: tuple[str, ...]
+    before: list[Message]
+    left: list[Message]
+    tools: list[Tool]
+    steps: list[ToolStep]
+
+    def go_on(self) -> None:
+        """Take turns over as they are, up to the next one that is asked for."""
+        while self.left and (self.left[0]["role"] != "assistant" or not self.left[0].get("train", True)):
+            self.before.append(self.left.pop(0))
+
+    def take(self, text: str, got: Turn, *, stopped: bool) -> None:
+        """Judge what the model wrote in the step, and put the turn that the next steps see into its place."""
+        expected = turn_of(self.left.pop(0))
+        self.steps.append(_judged(self.before, expected, text, got, stopped=stopped))
+        right = not got.error and _functions(got) == _functions(expected)
+        self.before.append((got if right else replace(expected, thought="")).message())
+        self.go_on()
 
 
 def tool_steps(
@@ -62,71 +75,53 @@ def tool_steps(
         protocol: writes the prompt and reads what the model wrote.
         progress: told how many steps are done, and of how many.
     """
-    asked = [
-        step
-        for number, row in enumerate(rows)
-        for step in _steps_of(row, number, template=template, tokenizer=tokenizer, protocol=protocol)
-    ]
-    ends = stop_ids(model, template, tokenizer)
-    written = continue_in_batches(
-        model,
-        tokenizer,
-        [step.prompt for step in asked],
-        ends=ends,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
-    taken: list[list[ToolStep]] = [[] for _ in rows]
-    for step, ids in zip(asked, written, strict=True):
-        stopped = ids[-1] in ends
-        text = tokenizer.decode(ids[:-1] if stopped else ids, clean_up_tokenization_spaces=False)
-        taken[step.row].append(_judged(step, text, protocol.read_turn(text), stopped=stopped))
-    return [tuple(steps) for steps in taken]
-
-
-def _steps_of(
-    row: Conversation,
-    number: int,
-    *,
-    template: ChatTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    protocol: AgentProtocol,
-) -> Iterator[_Asked]:
-    messages = row["messages"]
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or not message.get("train", True):
-            continue
-        before: Conversation = {"messages": messages[:index], "tools": row["tools"]}
-        written = protocol.render(before)
-        yield _Asked(
-            row=number,
-            prompt=encode_prompt(written["messages"], template, tokenizer, written.get("tools", [])),
-            expected=turn_of(message),
-            question=_last_question(messages[:index]),
-            results=tuple(turn["content"] for turn in messages[:index] if turn["role"] == "tool"),
+    asked = [_Asked([], list(row["messages"]), row["tools"], []) for row in rows]
+    for row in asked:
+        row.go_on()
+    ends, done = stop_ids(model, template, tokenizer), 0
+    total = sum(turn["role"] == "assistant" and turn.get("train", True) for row in rows for turn in row["messages"])
+    while waiting := [row for row in asked if row.left]:
+        prompts = []
+        for row in waiting:
+            written = protocol.render({"messages": row.before, "tools": row.tools})
+            prompts.append(encode_prompt(written["messages"], template, tokenizer, written.get("tools", [])))
+        before = done
+        answers = continue_in_batches(
+            model,
+            tokenizer,
+            prompts,
+            ends=ends,
+            max_new_tokens=max_new_tokens,
+            progress=lambda now, _, before=before: progress(before + now, total),
         )
+        done += len(waiting)
+        for row, ids in zip(waiting, answers, strict=True):
+            stopped = ids[-1] in ends
+            text = tokenizer.decode(ids[:-1] if stopped else ids, clean_up_tokenization_spaces=False)
+            row.take(text, protocol.read_turn(text), stopped=stopped)
+    return [tuple(row.steps) for row in asked]
 
 
-def _last_question(messages: Sequence[Message]) -> str:
-    return next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+def _functions(turn: Turn) -> list[CalledFunction]:
+    return [one["function"] for one in turn.calls]
 
 
-def _judged(step: _Asked, text: str, got: Turn, *, stopped: bool) -> ToolStep:
-    expected = step.expected
+def _judged(before: Sequence[Message], expected: Turn, text: str, got: Turn, *, stopped: bool) -> ToolStep:
+    question = next((turn["content"] for turn in reversed(before) if turn["role"] == "user"), "")
+    results = [turn["content"] for turn in before if turn["role"] == "tool"]
     right_tool = right_arguments = answered = grounded = None
     if expected.calls:
-        wanted = [one["function"] for one in expected.calls]
-        found = [one["function"] for one in got.calls]
+        wanted, found = _functions(expected), _functions(got)
         right_tool = [one["name"] for one in found] == [one["name"] for one in wanted]
         right_arguments = found == wanted
     else:
         answered = got.answer is not None
-        if step.results:
+        if results:
             grounded = answered and is_grounded(
-                got.answer or "", reference=expected.answer or "", question=step.question, results=step.results
+                got.answer or "", reference=expected.answer or "", question=question, results=results
             )
     return ToolStep(
-        question=step.question,
+        question=question,
         expected=_shown(expected),
         text=text,
         tool=" + ".join(one["function"]["name"] for one in expected.calls),

@@ -43,7 +43,7 @@ ROWS: list[Conversation] = [
     {
         "messages": [
             said("user", "What is 6 times 7, and what time is it in Rome?"),
-            called("calculator", expression="6 * 7"),
+            called("calculator", expression="6 * 7") | {"content": "a plan"},
             said("tool", "42"),
             called("clock", city="Rome"),
             said("tool", "10:30"),
@@ -74,20 +74,20 @@ class Script:
     """In place of the model: writes the texts it is given, and keeps the prompts."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], end: int) -> None:
-        self.tokenizer, self.texts, self.end = tokenizer, texts, end
+        self.tokenizer, self.texts, self.end = tokenizer, iter(texts), end
         self.prompts: list[list[int]] = []
 
     def __call__(self, model: Any, tokenizer: Any, prompts: Any, **options: Any) -> list[list[int]]:
         self.prompts += prompts
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.end] for text in self.texts]
+        return [[*self.tokenizer(next(self.texts), add_special_tokens=False)["input_ids"], self.end] for _ in prompts]
 
 
-WRITTEN = [
-    'Thought: a product\nAction: calculator\nAction Input: {"expression": "6 * 7"}',
-    'Action: clock\nAction Input: {"city": "rome"}',
-    "Final Answer: 42 and 10:30.",
+WRITTEN = [  # the first steps of all rows, then the second of those that have one, then the third
+    'Thought: my own\nAction: calculator\nAction Input: {"expression": "6 * 7"}',
     "Action: calculator\nAction Input: {}",
     "Final Answer: it is late",
+    'Action: clock\nAction Input: {"city": "rome"}',
+    "Final Answer: 42 and 10:30.",
 ]
 
 
@@ -100,10 +100,10 @@ def scripted(loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, texts: Seq
     return tool_steps(**loaded, rows=ROWS, template=template, protocol=chosen), script, template, chosen
 
 
-def test_every_assistant_turn_is_judged_with_the_true_turns_before_it(
+def test_every_assistant_turn_is_judged_after_right_turns_before_it(
     loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, *_ = scripted(loaded, monkeypatch, WRITTEN, "react_brief")
+    rows, script, *_ = scripted(loaded, monkeypatch, WRITTEN, "react_brief")
     judged = [
         [(step.tool, step.right_tool, step.right_arguments, step.answered, step.grounded) for step in steps]
         for steps in rows
@@ -117,24 +117,40 @@ def test_every_assistant_turn_is_judged_with_the_true_turns_before_it(
         [("", None, None, False, None)],  # a call where an answer was due
         [("clock", False, False, None, None)],  # and the other way round
     ]
-    assert [step.text for steps in rows for step in steps] == WRITTEN
+    assert [step.text for steps in rows for step in steps] == [WRITTEN[place] for place in (0, 3, 4, 1, 2)]
     assert rows[0][0].expected == 'calculator {"expression": "6 * 7"}'
     assert all(step.stopped for steps in rows for step in steps)
+    third = loaded["tokenizer"].decode(script.prompts[-1])
+    assert "Thought: my own" in third  # a right call stands as the model wrote it
+    assert "a plan" not in third  # and the row's own thought nowhere, for it would tell what comes next
+    assert '"rome"' not in third
+    assert '"Rome"' in third  # a wrong one as it should have been
 
 
 @pytest.mark.parametrize("protocol", ["react", "react_brief", "react_en", "react_zh"])
 def test_prompts_are_prefixes_of_what_is_trained(
     loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
-    rows, script, template, chosen = scripted(loaded, monkeypatch, WRITTEN, protocol)
+    """The model writes what it should, and is then fed what it was trained on, token for token."""
+    template = named_template("chatml")
+    chosen = choose_protocol(protocol, template, loaded["tokenizer"])
+    written = [
+        [
+            turn["content"]
+            for turn in chosen.render(row)["messages"]
+            if turn["role"] == "assistant" and turn.get("train", True)
+        ]
+        for row in ROWS
+    ]
+    in_turn = [steps[place] for place in range(3) for steps in written if place < len(steps)]
+    rows, script, *_ = scripted(loaded, monkeypatch, in_turn, protocol)
+    assert all(step.right_arguments or step.answered for steps in rows for step in steps)
     trained = encode_conversations(ROWS, template, loaded["tokenizer"], protocol=chosen)
-    prompts = iter(script.prompts)
-    for example, steps in zip(trained, rows, strict=True):
-        for _ in steps:
-            prompt = next(prompts)
-            assert example.input_ids[: len(prompt)] == prompt
-            assert example.labels[len(prompt)] != -100
-            assert example.labels[len(prompt) - 1] == -100
+    asked = [trained[row] for place in range(3) for row in range(3) if place < len(written[row])]
+    for example, prompt in zip(asked, script.prompts, strict=True):
+        assert example.input_ids[: len(prompt)] == prompt
+        assert example.labels[len(prompt)] != -100
+        assert example.labels[len(prompt) - 1] == -100
 
 
 @pytest.mark.parametrize(
