@@ -1,13 +1,13 @@
 # Every target makes .venv itself and does nothing twice.
 #   make quickstart   fine-tune a real model on this machine, and talk to it before and after
 #   make lab          JupyterLab on the notebooks
-#   make test         lint, all tests, and every notebook executed and compared (make test-fast: no real model, no notebooks)
+#   make test         lint, all tests, and beside them every notebook executed and compared (test-fast: no real model, no notebooks)
 #   make notebooks    execute all notebooks again and save their outputs
 PYTHON ?= python3
 BIN := .venv/bin
 SANITIZE := tests/nbval_sanitize.cfg
 
-.PHONY: quickstart lab test test-fast notebooks lint clean
+.PHONY: quickstart lab test test-code test-notebooks test-fast notebooks lint clean
 
 quickstart: .venv/.base
 	$(BIN)/course quickstart $(if $(NAME),--name "$(NAME)")
@@ -16,8 +16,14 @@ lab: .venv/.dev
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 test: lint
+	$(MAKE) --jobs=2 test-code test-notebooks
+
+test-code: .venv/.dev
 	$(BIN)/python -m pytest tests -m "not gpu"
-	$(BIN)/python -m pytest notebooks --nbval --nbval-current-env --nbval-sanitize-with $(SANITIZE) --nbval-cell-timeout 600
+
+test-notebooks: .venv/.dev
+	$(BIN)/python -m pytest notebooks/*.ipynb --nbval --nbval-current-env --nbval-sanitize-with $(SANITIZE) \
+	    --nbval-cell-timeout 1200 --timeout 1200
 
 test-fast: .venv/.dev
 	$(BIN)/python -m pytest tests -m "not gpu and not embedded and not slow"

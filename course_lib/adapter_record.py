@@ -24,7 +24,7 @@ EMBEDDING_NAMES = (
 
 
 def read_record(adapter: str | Path) -> dict[str, Any]:
-    """Return what training wrote of the base: base, base_fingerprint, dtype, double_quant, compute_dtype, template; {} for an adapter from elsewhere."""
+    """Return what training wrote of the base: base, base_fingerprint, dtype, double_quant, compute_dtype, template, protocol; {} for an adapter from elsewhere."""
     path = Path(adapter) / RECORD_FILE
     return read_json(path) if path.is_file() else {}
 

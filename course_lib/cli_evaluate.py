@@ -41,11 +41,21 @@ def evaluate(
     max_length: Annotated[int, typer.Option(min=8, help="tokens of a row that are read")] = 2048,
     bits: Annotated[int | None, typer.Option(help="load the model in 4 or 8 bits")] = None,
     template: Annotated[str, typer.Option(help="chat template; auto takes the adapter's or the model's own")] = "auto",
+    protocol: Annotated[
+        str,
+        typer.Option(help="how tool calls are written; auto takes the adapter's, the recipe's or the template's own"),
+    ] = "auto",
     row_format: Annotated[str, typer.Option("--format", help="the rows' format; auto tells by their keys")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, every row's results in it")] = False,
 ) -> None:
-    """Loss, perplexity and answers on held-out rows and on general knowledge; with --adapter, before and after."""
-    from course_lib.adapter_record import check_adapter
+    """Loss, perplexity and answers on held-out rows and on general knowledge; with --adapter, before and after.
+
+    Of rows with tools every call and every answer is asked for, each after all turns before it.
+    """
+    from course_lib.adapter_record import check_adapter, read_record
+    from course_lib.agent.evaluation import step_table
+    from course_lib.agent.protocol import choose_protocol
+    from course_lib.agent.terminal import recorded_protocol
     from course_lib.comparison import compare
     from course_lib.data.dataset import read_conversations
     from course_lib.evaluation import evaluate, evaluate_general_knowledge
@@ -53,7 +63,8 @@ def evaluate(
 
     if bits not in (None, 4, 8):
         raise InputError(f"--bits {bits}: choose 4 or 8")
-    rows, report = read_conversations(_settings(data, row_format=row_format, max_rows=max_rows))
+    settings = _settings(data, row_format=row_format, max_rows=max_rows)
+    rows, report = read_conversations(settings)
     print(report.summary(), file=sys.stderr)
     sides: dict[str, tuple[str, Path | None]] = {"before": (model, None)} if adapter is not None else {}
     if compare_with is not None:
@@ -66,11 +77,16 @@ def evaluate(
             check_adapter(with_adapter, folder)
     held_out: dict[str, Evaluation] = {}
     general: dict[str, Evaluation] = {}
-    chosen = template if template != "auto" or adapter is None else _template_of(adapter)
+    chosen = template if template != "auto" or adapter is None else read_record(adapter).get("template", "auto")
+    if protocol == "auto" and (protocol := recorded_protocol(model, adapter)) == "auto":
+        protocol = settings.protocol
     for name, (base, with_adapter) in sides.items():
         with _loaded(base, with_adapter, bits=bits, template=chosen) as loaded, _progress(name) as progress:
             limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_length": max_length}
-            held_out[name] = evaluate(**loaded, rows=rows, generate=generate, progress=progress, **limits)
+            written_by = choose_protocol(protocol, loaded["template"], loaded["tokenizer"])
+            held_out[name] = evaluate(
+                **loaded, rows=rows, protocol=written_by, generate=generate, progress=progress, **limits
+            )
             general[name] = evaluate_general_knowledge(**loaded, generate=generate > 0, progress=progress)
     sets = {"held_out": held_out, "general": general}
     if as_json:
@@ -84,10 +100,19 @@ def evaluate(
     for title, of_set in (("held-out rows", held_out), ("general knowledge", general)):
         table = compare(of_set["before"], of_set["after"]) if len(of_set) == 2 else of_set["after"]
         print(f"{title}: {table}\n")
+    for name, evaluation in held_out.items():
+        if any(row.steps for row in evaluation.rows):
+            print(f"{name}: {step_table(evaluation)}\n")
     for number, answer in enumerate(held_out["after"].answers[:SHOWN]):
         print(f"question   {_short(answer.question)}\nreference  {_short(answer.reference)}")
         for name, evaluation in held_out.items():
             print(f"{name if len(held_out) == 2 else 'answer':<9}  {_short(evaluation.answers[number].text)}")
+        print()
+    steps = {name: [step for row in evaluation.rows for step in row.steps] for name, evaluation in held_out.items()}
+    for number, step in enumerate(steps["after"][:SHOWN]):
+        print(f"question   {_short(step.question)}\nexpected   {_short(step.expected)}")
+        for name, taken in steps.items():
+            print(f"{name if len(steps) == 2 else 'written':<9}  {_short(taken[number].text)}")
         print()
 
 
@@ -105,13 +130,6 @@ def _settings(data: str, *, row_format: str, max_rows: int | None) -> Any:
             raise InputError(f"{data}: a recipe says which rows it holds out; leave out --max-rows and --format")
         return settings
     return DataSettings(path=data, format=row_format, max_rows=max_rows, on_bad_row="drop")
-
-
-def _template_of(adapter: Path) -> str:
-    """The name of the template an adapter was trained with."""
-    from course_lib.adapter_record import read_record
-
-    return read_record(adapter).get("template", "auto")
 
 
 @contextmanager

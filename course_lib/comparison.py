@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from course_lib.errors import InputError, did_you_mean
+from course_lib.tables import as_html, as_text
 
 LEAST_ROWS = 10  # with fewer, a bootstrap interval is too narrow to be believed: none is given
 
@@ -30,6 +30,25 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class ToolStep:
+    """One assistant turn of a row with tools: what was due after all turns before it, and what the model wrote.
+
+    `right_tool` and `right_arguments` are None where an answer was due, `answered` (and not called) where a call was,
+    `grounded` (it says what the tools returned and nothing they did not) where no tool had returned anything.
+    """
+
+    question: str
+    expected: str
+    text: str
+    tool: str  # the one to call, "" for an answer
+    stopped: bool
+    right_tool: bool | None = None
+    right_arguments: bool | None = None
+    answered: bool | None = None
+    grounded: bool | None = None
+
+
+@dataclass(frozen=True)
 class RowResult:
     """What was measured on one row; `row` counts from 0, `loss` is the sum over the trained tokens, in nats."""
 
@@ -37,6 +56,7 @@ class RowResult:
     loss: float
     trained_tokens: int
     answer: Answer | None = None
+    steps: tuple[ToolStep, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,14 @@ def _of_answer(value: Callable[[Answer], float | None]) -> Callable[[RowResult],
     return parts
 
 
+def _of_steps(value: Callable[[ToolStep], bool | None]) -> Callable[[RowResult], tuple[float, float] | None]:
+    def parts(row: RowResult) -> tuple[float, float] | None:
+        found = [one for step in row.steps if (one := value(step)) is not None]
+        return (float(sum(found)), float(len(found))) if found else None
+
+    return parts
+
+
 def _loss(row: RowResult) -> tuple[float, float]:
     return row.loss, row.trained_tokens
 
@@ -70,6 +98,10 @@ METRICS: dict[str, _Metric] = {
     "rouge_l": _Metric("ROUGE-L, 0 to 1", _of_answer(lambda answer: answer.rouge_l), 1),
     "chrf": _Metric("chrF, 0 to 100", _of_answer(lambda answer: answer.chrf), 1, 1),
     "stop_rate": _Metric("ended its turn", _of_answer(lambda answer: answer.stopped), 1, 2),
+    "right_tool": _Metric("right tool", _of_steps(lambda step: step.right_tool), 1),
+    "right_arguments": _Metric("right tool and arguments", _of_steps(lambda step: step.right_arguments), 1),
+    "answered": _Metric("answered where no call was due", _of_steps(lambda step: step.answered), 1),
+    "grounded": _Metric("answer grounded in the result", _of_steps(lambda step: step.grounded), 1),
     "answer_tokens": _Metric("tokens an answer", _of_answer(lambda answer: answer.tokens), 0, 1),
 }
 
@@ -116,15 +148,17 @@ class Evaluation:
     def _caption(self) -> str:
         trained, dropped = sum(row.trained_tokens for row in self.rows), sum(map(len, self.dropped.values()))
         answers = f", {len(self.answers)} answered" if self.answers else ""
+        steps = sum(len(row.steps) for row in self.rows)
+        answers += f", {steps} steps with tools" if steps else ""
         return f"{len(self.rows)} rows, {trained:,} trained tokens{answers}" + (
             f"; {dropped} rows not measured: {'; '.join(self.dropped)}" if dropped else ""
         )
 
     def __repr__(self) -> str:  # a notebook keeps it beside the HTML: the table, not every row with its answer
-        return _as_text(self._caption(), self._table())
+        return as_text(self._caption(), self._table())
 
     def _repr_html_(self) -> str:
-        return _as_html(self._caption(), self._table())
+        return as_html(self._caption(), self._table())
 
 
 @dataclass(frozen=True)
@@ -191,10 +225,10 @@ class Comparison:
         return lines
 
     def __repr__(self) -> str:
-        return _as_text(self.caption, self._table())
+        return as_text(self.caption, self._table())
 
     def _repr_html_(self) -> str:
-        return _as_html(self.caption, self._table())
+        return as_html(self.caption, self._table())
 
 
 def compare(
@@ -214,9 +248,9 @@ def compare(
         InputError: the two are not of the same rows.
     """
     answered = [[(answer.question, answer.reference) for answer in side.answers] for side in (before, after)]
-    if [row.row for row in before.rows] != [row.row for row in after.rows] or (
-        all(answered) and answered[0] != answered[1]
-    ):
+    taken = [[step.expected for row in side.rows for step in row.steps] for side in (before, after)]
+    differ = any(all(sides) and sides[0] != sides[1] for sides in (answered, taken))
+    if [row.row for row in before.rows] != [row.row for row in after.rows] or differ:
         raise InputError(
             f"before ({before._caption()}) and after ({after._caption()}) are not of the same rows: evaluate both on the same ones"
         )
@@ -231,16 +265,39 @@ def compare(
         low = high = None
         if len(first) >= LEAST_ROWS:
             drawn = generator.integers(len(first), size=(draws, len(first)))
-            resampled = [
-                metric.shown(parts[drawn, 0].sum(axis=1) / parts[drawn, 1].sum(axis=1)) for parts in (first, second)
-            ]
-            tail = (1 - confidence) / 2
-            low, high = map(float, np.quantile(resampled[1] - resampled[0], (tail, 1 - tail)))
+            resampled = [_resampled(metric, parts, drawn) for parts in (first, second)]
+            low, high = _middle(resampled[1] - resampled[0], confidence)
         changes[name] = Change(float(sides[0]), float(sides[1]), low, high)
     caption = after._caption()
     if not same_tokens:
         caption += "; the two cut rows into different tokens, so their losses cannot be compared"
     return Comparison(changes, caption, confidence)
+
+
+def interval(
+    evaluation: Evaluation, name: str, *, draws: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """Between which values a figure lies for other rows like these, by the bootstrap over rows; None with few rows.
+
+    Raises:
+        InputError: no such figure, or no row has a part in it.
+    """
+    metric = _find(METRICS, name)
+    parts = _parts(metric, evaluation.rows)
+    if len(parts) < LEAST_ROWS:
+        return None
+    drawn = np.random.default_rng(seed).integers(len(parts), size=(draws, len(parts)))
+    return _middle(_resampled(metric, parts, drawn), confidence)
+
+
+def _resampled(metric: _Metric, parts: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    return metric.shown(parts[drawn, 0].sum(axis=1) / parts[drawn, 1].sum(axis=1))
+
+
+def _middle(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = map(float, np.quantile(values, (tail, 1 - tail)))
+    return low, high
 
 
 def _parts(metric: _Metric, rows: Sequence[RowResult]) -> np.ndarray:
@@ -267,28 +324,3 @@ def _verdict(name: str, change: Change) -> str:
     return {0: "more" if up else "fewer", 1: "better" if up else "worse", -1: "worse" if up else "better"}[
         METRICS[name].better
     ]
-
-
-def _as_text(caption: str, lines: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, figures to the right, and words behind them to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [caption]
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:5], widths[1:5], strict=True)]
-        text.append("  ".join([*cells, *line[5:]]).rstrip())
-    return "\n".join(text)
-
-
-def _as_html(caption: str, lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
-    body = "".join(
-        f'<tr><th scope="row" style="text-align: left">{escape(line[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
-        + "</tr>"
-        for line in lines[1:]
-    )
-    return (
-        f'<table><caption style="text-align: left">{escape(caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    )

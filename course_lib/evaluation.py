@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from course_lib.agent.evaluation import tool_steps
 from course_lib.answer_scores import chrf, contains_any, exact_match, rouge_l
 from course_lib.answer_scores import mentions as mentions
-from course_lib.chat.answers import continue_prompts
+from course_lib.chat.answers import continue_in_batches
 from course_lib.chat.generation import stop_ids
-from course_lib.comparison import Answer, Evaluation, RowResult
+from course_lib.comparison import Answer, Evaluation, RowResult, ToolStep
 from course_lib.comparison import compare as compare
 from course_lib.data.collate import pad
 from course_lib.data.conversation import Conversation, Message, RowError
@@ -28,13 +29,11 @@ from course_lib.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from course_lib.agent.protocol import AgentProtocol
     from course_lib.data.templates import ChatTemplate
 
 MOST_TOKENS = 2048  # a batch, padding and all, unless one row is longer: evaluation takes no more memory than training
 MOST_ROWS = 8  # a batch
-# What is kept of every token while answers are written, its keys and values, grows with rows times tokens. A step of the
-# answers reads every weight once, so many rows cost little more than one.
-MOST_ANSWERS, MOST_KEPT_TOKENS = 32, 4096
 GENERAL_KNOWLEDGE = "general_knowledge.jsonl"  # in data/
 
 Progress = Callable[[str, int, int], None]  # what is done, how many rows are, of how many
@@ -46,6 +45,7 @@ def evaluate(
     rows: Sequence[Conversation],
     *,
     template: ChatTemplate,
+    protocol: AgentProtocol | None = None,
     generate: int = 0,
     max_new_tokens: int = 200,
     max_length: int = 2048,
@@ -58,12 +58,15 @@ def evaluate(
     given all turns before the row's last answer, which is its reference. Rows to answer are spread evenly over all that have
     one, so two models get the same ones. The model is put into evaluation mode.
 
+    Of rows with tools, where there is a protocol, every assistant turn is asked for instead (`tool_steps`), unless `generate` is 0.
+
     Args:
+        protocol: what writes and reads tool calls (`choose_protocol`).
         generate: how many rows to answer; 0 measures the loss alone.
         max_new_tokens: where an answer is cut. One that was cut did not stop.
         max_length: tokens of a row that are read; longer ones are cut, as in training.
         accepted: for each row the texts of which an answer must contain one to be right; else nothing is said of that.
-        progress: told "loss" or "answers", rows done and rows in all.
+        progress: told "loss", "answers" or "tool steps", how many are done and how many there are.
 
     Raises:
         InputError: no row has a trained token.
@@ -71,7 +74,7 @@ def evaluate(
     model.eval()
     dropped: dict[str, list[int]] = {}
     examples: dict[int, Example] = {}
-    for number, example in enumerate(encode_conversations(rows, template, tokenizer)):
+    for number, example in enumerate(encode_conversations(rows, template, tokenizer, protocol=protocol)):
         parts = [] if isinstance(example, RowError) else fit(example, max_length=max_length, over_long="truncate")
         if parts and parts[0].trained_tokens:
             examples[number] = parts[0]
@@ -81,14 +84,28 @@ def evaluate(
     if not examples:
         raise InputError(f"none of {len(rows)} rows has anything to measure: {next(iter(dropped), 'there are none')}")
     losses = dict(zip(examples, _row_losses(model, list(examples.values()), progress), strict=True))
-    answered = _spread([number for number in examples if _last_answer(rows[number]) is not None], generate)
+    with_tools = [number for number in examples if protocol and generate and rows[number].get("tools")]
+    can_be_answered = [n for n in examples if n not in {*with_tools} and _last_answer(rows[n]) is not None]
+    answered = _spread(can_be_answered, generate)
     answers = _answers(model, tokenizer, [rows[number] for number in answered], template, max_new_tokens, progress)
     scored = {
         number: _score(rows[number], text, tokens, stopped, accepted[number] if accepted else None)
         for number, (text, tokens, stopped) in zip(answered, answers, strict=True)
     }
+    steps: dict[int, tuple[ToolStep, ...]] = {}
+    if protocol and with_tools:
+        taken = tool_steps(
+            model,
+            tokenizer,
+            [rows[number] for number in with_tools],
+            template=template,
+            protocol=protocol,
+            max_new_tokens=max_new_tokens,
+            progress=lambda done, total: progress("tool steps", done, total),
+        )
+        steps = dict(zip(with_tools, taken, strict=True))
     results = tuple(
-        RowResult(number, losses[number], example.trained_tokens, scored.get(number))
+        RowResult(number, losses[number], example.trained_tokens, scored.get(number), steps.get(number, ()))
         for number, example in examples.items()
     )
     return Evaluation(results, dropped)
@@ -196,32 +213,19 @@ def _answers(
     """For each row the answer, how many tokens it has, and whether the model ended it."""
     ends = stop_ids(model, template, tokenizer)
     prompts = [encode_prompt(_turns(row)[0], template, tokenizer, row.get("tools", [])) for row in rows]
-    written: dict[int, list[int]] = {}
-    for batch in _answer_batches([len(prompt) for prompt in prompts], max_new_tokens):
-        ids = continue_prompts(
-            model, tokenizer, [prompts[place] for place in batch], ends=ends, max_new_tokens=max_new_tokens
-        )
-        written |= zip(batch, ids, strict=True)
-        progress("answers", len(written), len(rows))
+    written = continue_in_batches(
+        model,
+        tokenizer,
+        prompts,
+        ends=ends,
+        max_new_tokens=max_new_tokens,
+        progress=lambda done, total: progress("answers", done, total),
+    )
     answers = []
-    for _, ids in sorted(written.items()):
+    for ids in written:
         stopped = ids[-1] in ends
         answers.append((tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) - stopped, stopped))
     return answers
-
-
-def _answer_batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
-    """Places of the prompts to answer together, short ones first: at most `MOST_ANSWERS`, and `MOST_KEPT_TOKENS` of their
-    rectangle with the answers, unless one alone has more."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        kept = (len(batch) + 1) * (lengths[place] + max_new_tokens)
-        if batch and (len(batch) == MOST_ANSWERS or kept > MOST_KEPT_TOKENS):
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _score(row: Conversation, text: str, tokens: int, stopped: bool, accepted: Sequence[str] | None) -> Answer:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from course_lib.errors import InputError, did_you_mean
 from course_lib.files import file_to_write, read_text, write_text
+from course_lib.recipe_keys import explain, set_key
 from course_lib.scale import DEFAULT_MODEL
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
@@ -20,6 +19,7 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"]
 Offload = Literal["embedding", "head", "checkpoints", "layers"]
 Init = Literal["default", "pissa", "olora", "eva"]
+Protocol = Literal["auto", "native", "react", "react_en", "react_zh", "react_brief"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -88,6 +88,9 @@ class DataSettings(Section):
     max_length: Annotated[int, Field(ge=8, le=10**9)] = 512  # tokens
     over_long: Literal["truncate", "split", "drop"] = (
         "truncate"  # rows of more tokens: cut, cut into several, or left out
+    )
+    protocol: Protocol = (
+        "auto"  # how tool calls are written (agent/protocol.py); auto: as the chat template does, else react
     )
     train_on: Literal["all", "last", "marked"] = "all"  # which assistant turns; marked are those with "train": true
     packing: Literal["none", "concat", "best-fit"] = "best-fit"  # concat lets samples see each other: only to compare
@@ -241,7 +244,7 @@ def make_recipe(content: dict[str, Any], *, origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{origin}: {_explain(error)}") from None
+        raise InputError(f"{origin}: {explain(error, root=Recipe)}") from None
 
 
 def recipe_for(task: str, scale: str) -> Recipe:
@@ -277,7 +280,7 @@ def copy_recipe(name: str, folder: str | Path = ".") -> Path:
 
 def _make_with(content: dict[str, Any], overrides: Sequence[str], *, origin: str) -> Recipe:
     for override in overrides:
-        _override(content, override)
+        set_key(content, override, root=Recipe)
     return make_recipe(content, origin=origin)
 
 
@@ -291,77 +294,3 @@ def _find(name_or_path: str | Path) -> Path:
     raise InputError(
         f"recipe {str(name_or_path)!r} is unknown{did_you_mean(str(name_or_path), recipe_names())} (course recipes list shows all)"
     )
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"--set {override!r}: write it as section.key=value, such as training.lr=1e-4")
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        inner = content.setdefault(section, {})
-        if inner is None:
-            inner = content[section] = {}
-        if not isinstance(inner, dict):
-            raise InputError(f"--set {override!r}: {section} is not a section of the recipe")
-        content = inner
-    content[last] = _read_value(value.strip(), kinds=_kinds_at(key.strip().split(".")))
-
-
-def _read_value(text: str, *, kinds: Sequence[Any]) -> Any:
-    """What the text of an override means for a key of these types.
-
-    Where text is wanted, it is the text itself, quotes left off: YAML would read a name such as No, 1e5 or C: D otherwise.
-    """
-    if str in kinds and not text.startswith(("'", '"')):
-        return None if type(None) in kinds and text in ("", "~", "null") else text
-    loader = yaml.BaseLoader if str in kinds or list[str] in kinds else yaml.SafeLoader  # the first leaves all as text
-    try:
-        value = yaml.load(text, loader)
-    except yaml.YAMLError:
-        value = text
-    if isinstance(value, str) and "e" in value.lower() and str not in kinds:  # YAML 1.1 reads 1e-4 as text
-        with suppress(ValueError):
-            return float(value)
-    return value
-
-
-def _explain(error: ValidationError) -> str:
-    """The first complaint in one line, with the nearest known key where a key is unknown."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if not isinstance(part, int)]
-    key = ".".join(map(str, first["loc"]))
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        return (
-            f"unknown key {key!r}{did_you_mean(str(location[-1]), known) or '; known here: ' + ', '.join(known)}{more}"
-        )
-    if first["type"] == "missing":
-        return f"key {key!r} is missing{more}"
-    given = first["input"]
-    if first["type"] == "model_type":
-        return f"{key} = {given!r}: is a section; set one of its keys: {', '.join(_keys_at(location))}{more}"
-    said = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(given, dict | BaseModel) else f" = {given!r}"
-    return f"{key}{shown}: {said[0].lower() + said[1:]}{more}" if key else f"{said}{more}"
-
-
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    """Keys of the section at a location; of the recipe itself where there is none."""
-    sections = [kind for kind in _kinds_at(location) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return list((sections[0] if sections else Recipe).model_fields)
-
-
-def _kinds_at(location: Sequence[Any]) -> tuple[Any, ...]:
-    """Types that the value at a location may have; none for an unknown key."""
-    kinds: tuple[Any, ...] = (Recipe,)
-    for part in location:
-        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        annotations = [section.model_fields[part].annotation for section in sections if part in section.model_fields]
-        kinds = tuple(kind for annotation in annotations for kind in _union_members(annotation))
-    return kinds
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

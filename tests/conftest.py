@@ -8,10 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from course_runner import Course, Result
 from file_server import servers
+from lab_in_browser import JupyterLab, chromium, jupyter_lab
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REAL_DATA = Path(os.environ.get("COURSE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -57,6 +62,20 @@ def embedded(course_home: Path) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(folder)
     return link
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The installed chromium; skipped where there is none. Closed after each module: its event loop would be in the way of others."""
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def lab(browser: Browser, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JupyterLab]:
+    """A JupyterLab of its own, whose kernels find the tiny model."""
+    with jupyter_lab(tmp_path_factory.mktemp("lab")) as running:
+        yield running
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from course_lib import evaluation
+from course_lib.chat import answers
 from course_lib.chat.answers import answer_ids
 from course_lib.data.conversation import Conversation
 from course_lib.data.sources import sample_rows
@@ -148,11 +149,11 @@ def test_an_answer_follows_all_turns_before_the_last_answer(loaded: dict[str, An
 def test_answers_are_written_in_batches_that_bound_what_is_kept(
     loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "MOST_ANSWERS", 3)
-    monkeypatch.setattr(evaluation, "MOST_KEPT_TOKENS", 60)
-    batches = list(evaluation._answer_batches([9, 100, 8, 10, 20, 7, 21], max_new_tokens=5))
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 3)
+    monkeypatch.setattr(answers, "MOST_KEPT_TOKENS", 60)
+    batches = list(answers._batches([9, 100, 8, 10, 20, 7, 21], max_new_tokens=5))
     assert batches == [[5, 2, 0], [3, 4], [6], [1]]  # 3 rows of 14; 2 of 25, as 3 of 26 are over 60; 26; 105
-    assert list(evaluation._answer_batches([], max_new_tokens=5)) == []
+    assert list(answers._batches([], max_new_tokens=5)) == []
 
 
 def test_an_answer_is_the_same_in_any_batch(loaded: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,7 @@ def test_an_answer_is_the_same_in_any_batch(loaded: dict[str, Any], monkeypatch:
         for n in (9, 1, 30, 4)
     ]
     together = evaluate(rows=rows, generate=4, max_new_tokens=6, **loaded).answers
-    monkeypatch.setattr(evaluation, "MOST_ANSWERS", 1)
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 1)
     assert evaluate(rows=rows, generate=4, max_new_tokens=6, **loaded).answers == together
 
 

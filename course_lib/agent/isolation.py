@@ -57,7 +57,7 @@ def run_child(
         stopped: asked now and then; once it is true the child is killed.
     """
     whole = {
-        "readable": _readable(),
+        "readable": python_files(),
         "memory": memory,
         "seconds": int(seconds) + 1,
         "file_size": FOLDER_SIZE,
@@ -175,7 +175,7 @@ class _Output:
 
 
 @cache
-def _readable() -> list[str]:
+def python_files() -> list[str]:
     """Python's own files: its libraries and what the system's loader reads; not the project, not the home."""
     paths = sysconfig.get_paths()
     installed = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}

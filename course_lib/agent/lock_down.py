@@ -113,6 +113,22 @@ _WRITING: dict[str, tuple[int | None, int | None]] = {  # forbidden as well wher
     },
 }
 _OPENING: dict[str, tuple[int | None, int | None]] = {"open": (2, None), "openat": (257, 56)}  # flags: argument 1, 2
+# What a Jupyter kernel needs of the above: threads, and sockets of the file system that it listens on and its client comes to.
+# The rest stays forbidden: to connect to anything, and to send to an address.
+_KERNEL = ("clone", "socket", "socketpair", "accept", "accept4", "bind", "listen", "sendto")
+# Landlock does not guard modes and times, which shutil.copy sets; zmq sets priorities of threads. A kernel is told that it was done, and nothing is done.
+_PRETENDED = (
+    "sched_setscheduler",
+    "chmod",
+    "fchmod",
+    "fchmodat",
+    "fchmodat2",
+    "utime",
+    "utimes",
+    "futimesat",
+    "utimensat",
+)
+_CLONE_THREAD, _AF_UNIX = 0x10000, 1  # linux/sched.h, linux/socket.h
 _CLONE3 = 435
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH of linux/audit.h
 _EPERM, _ENOSYS = 1, 38
@@ -127,31 +143,37 @@ FILES, SYSTEM_CALLS, LIMITS, AUDIT = (
 )
 
 
-def lock_down(folder: str, readable: Sequence[str], *, memory: int, seconds: int, file_size: int) -> list[str]:
+def lock_down(
+    folder: str, readable: Sequence[str], *, memory: int, seconds: int, file_size: int, kernel: bool = False
+) -> list[str]:
     """Give up all but reading `readable` and writing in `folder`; return the layers in force. It cannot be undone.
 
     Args:
         memory: bytes of address space; `seconds` of processor time; `file_size` in bytes, for each file.
+        kernel: keep what a Jupyter kernel needs: threads, ctypes, and sockets in `folder` to be reached by.
     """
     layers = []
-    if _limit(memory=memory, seconds=seconds, file_size=file_size):
+    if _limit(memory=memory, seconds=seconds, file_size=file_size, kernel=kernel):
         layers.append(LIMITS)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(38, 1, 0, 0, 0) == 0:  # PR_SET_NO_NEW_PRIVS: else only root may do what follows
             files = _restrict_files(libc, folder, readable)
             layers += [FILES] if files else []
-            layers += [SYSTEM_CALLS] if _forbid_system_calls(libc, writing=files) else []
-    _add_audit_hook(folder, readable)
+            layers += [SYSTEM_CALLS] if _forbid_system_calls(libc, writing=files, kernel=kernel) else []
+    _add_audit_hook(folder, readable, kernel=kernel, files=not kernel or FILES not in layers)
     return [*layers, AUDIT]
 
 
-def _limit(*, memory: int, seconds: int, file_size: int) -> bool:
+def _limit(*, memory: int, seconds: int, file_size: int, kernel: bool = False) -> bool:
     try:
         import resource
     except ImportError:  # Windows
         return False
     wanted = {"AS": memory, "CPU": seconds, "FSIZE": file_size, "NOFILE": 64, "CORE": 0, "NPROC": 0}
+    if kernel:
+        del wanted["NPROC"]  # it counts threads, too
+        wanted["NOFILE"] = 512
     for name, value in wanted.items():
         number = getattr(resource, f"RLIMIT_{name}", None)
         if number is not None:
@@ -181,6 +203,7 @@ def _restrict_files(libc: ctypes.CDLL, folder: str, readable: Sequence[str]) -> 
         except OSError:
             continue
         access = handled & ~(1 << 13) if path == folder else read if os.path.isdir(path) else read_a_file  # noqa: PTH112
+        access |= 1 << 1 if path == "/dev/null" else 0  # to write
         libc.syscall(add, ruleset, 1, struct.pack("=Qi", access, opened), 0)
         os.close(opened)
     done = libc.syscall(restrict, ruleset, 0) == 0
@@ -188,13 +211,14 @@ def _restrict_files(libc: ctypes.CDLL, folder: str, readable: Sequence[str]) -> 
     return done
 
 
-def _forbid_system_calls(libc: ctypes.CDLL, *, writing: bool) -> bool:
+def _forbid_system_calls(libc: ctypes.CDLL, *, writing: bool, kernel: bool = False) -> bool:
     """A filter in classic BPF, of instructions (code, jump if true, jump if false, value)."""
     if platform.machine() not in _ARCHITECTURES:
         return False
     column, architecture = _ARCHITECTURES[platform.machine()]
     names = _FORBIDDEN if writing else {**_FORBIDDEN, **_WRITING}
-    numbers = [number for pair in names.values() if (number := pair[column]) is not None]
+    kept = _KERNEL if kernel else ()
+    numbers = {pair[column]: name for name, pair in names.items() if name not in kept and pair[column] is not None}
     openings = (
         []
         if writing
@@ -210,14 +234,36 @@ def _forbid_system_calls(libc: ctypes.CDLL, *, writing: bool) -> bool:
         (_JUMP_IF_EQUAL, 0, 1, _CLONE3),  # its flags lie in memory, where a filter cannot look: libc then takes clone
         (_RETURN, 0, 0, _ERRNO | _ENOSYS),
     ]
-    for number in numbers:
-        program += [(_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | _EPERM)]
+    for number, name in numbers.items():
+        answer = 0 if kernel and name in _PRETENDED else _EPERM
+        program += [(_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | answer)]
     for number, argument in openings:
         flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
         program += [
             (_JUMP_IF_EQUAL, 0, 4, number),
             (_LOAD, 0, 0, 16 + 8 * argument),
             (_JUMP_IF_SET, 0, 1, flags),
+            (_RETURN, 0, 0, _ERRNO | _EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
+    if kernel:
+        program += [
+            (_JUMP_IF_EQUAL, 0, 4, _FORBIDDEN["clone"][column]),  # a thread, not a process
+            (_LOAD, 0, 0, 16),
+            (_JUMP_IF_SET, 1, 0, _CLONE_THREAD),
+            (_RETURN, 0, 0, _ERRNO | _EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+            (_JUMP_IF_EQUAL, 1, 0, _FORBIDDEN["socket"][column]),  # none but those of the file system
+            (_JUMP_IF_EQUAL, 0, 4, _FORBIDDEN["socketpair"][column]),
+            (_LOAD, 0, 0, 16),
+            (_JUMP_IF_EQUAL, 1, 0, _AF_UNIX),
+            (_RETURN, 0, 0, _ERRNO | _EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+            (_JUMP_IF_EQUAL, 0, 6, _FORBIDDEN["sendto"][column]),  # without an address: both halves of argument 4
+            (_LOAD, 0, 0, 16 + 8 * 4),
+            (_JUMP_IF_EQUAL, 0, 2, 0),
+            (_LOAD, 0, 0, 16 + 8 * 4 + 4),
+            (_JUMP_IF_EQUAL, 1, 0, 0),
             (_RETURN, 0, 0, _ERRNO | _EPERM),
             (_RETURN, 0, 0, _ALLOW),
         ]
@@ -238,11 +284,25 @@ _FORBIDDEN_EVENTS = {
 }
 
 
-def _add_audit_hook(folder: str, readable: Sequence[str]) -> None:
-    """Python's own functions refuse, with a reason. It alone would not hold back code that wants out."""
+_KERNEL_EVENTS = {  # in place of "socket" and "ctypes"
+    **dict.fromkeys(("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo"), True),
+    **{name: True for name in _FORBIDDEN_EVENTS if name not in ("socket", "ctypes", "subprocess", "urllib", "http")},
+    "subprocess.Popen": True,
+}
+for _name in ("os.chmod", "os.utime"):  # guarded as writes are
+    del _KERNEL_EVENTS[_name]
+
+
+def _add_audit_hook(folder: str, readable: Sequence[str], *, kernel: bool = False, files: bool = True) -> None:
+    """Python's own functions refuse, with a reason. It alone would not hold back code that wants out.
+
+    Args:
+        files: guard files as well.
+    """
     real = os.path.realpath
     inside, allowed = real(folder) + os.sep, [real(path) for path in readable]
-    forbidden, fspath, fsdecode, separator = _FORBIDDEN_EVENTS, os.fspath, os.fsdecode, os.sep
+    forbidden = _KERNEL_EVENTS if kernel else _FORBIDDEN_EVENTS
+    fspath, fsdecode, separator = os.fspath, os.fsdecode, os.sep
     two_paths = ("os.rename", "shutil.move", "shutil.copyfile")
     one_path = (
         "os.remove",
@@ -253,6 +313,8 @@ def _add_audit_hook(folder: str, readable: Sequence[str]) -> None:
         "os.scandir",
         "os.chdir",
         "shutil.rmtree",
+        "os.chmod",
+        "os.utime",
     )
     write_flags = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -266,10 +328,12 @@ def _add_audit_hook(folder: str, readable: Sequence[str]) -> None:
             raise PermissionError(f"not allowed here: {'to write' if writes else 'to read'} outside the working folder")
 
     def hook(event: str, arguments: tuple) -> None:  # type: ignore[type-arg]
+        if not files and (event == "open" or event in one_path or event in two_paths):
+            return
         if event == "open":
             path, _mode, flags = arguments
             check(path, writes=bool(isinstance(flags, int) and flags & write_flags))
-        elif event in forbidden or event.partition(".")[0] in forbidden:
+        elif event in forbidden or (not kernel and event.partition(".")[0] in forbidden):
             raise PermissionError(f"not allowed here: {event}")
         elif event in one_path:
             check(arguments[0], writes=event not in ("os.listdir", "os.scandir", "os.chdir"))

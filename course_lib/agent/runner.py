@@ -120,6 +120,21 @@ class AgentRunner:
         self._close_unfinished()
         self.messages[:] = [{"role": "system", "content": text}] if text else []
 
+    def take_back(self) -> str:
+        """Forget the last question and all that followed it, so that it can be asked again; return the question.
+
+        Raises:
+            InputError: there is no question in the history.
+            CourseError: another thread is reading the events of a question.
+        """
+        self._close_unfinished()
+        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise InputError("nothing to take back, for nothing was asked yet")
+        question = self.messages[asked[-1]]["content"]
+        del self.messages[asked[-1] :]
+        return question
+
     @property
     def system(self) -> str:
         """The system turn's text, empty when there is none."""

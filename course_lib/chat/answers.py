@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from course_lib.chat.generation import stop_ids
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
     from course_lib.data.conversation import Message
     from course_lib.data.templates import ChatTemplate
+
+# What is kept of every token while answers are written, its keys and values, grows with rows times tokens. A step of the
+# answers reads every weight once, so many rows cost little more than one.
+MOST_ANSWERS, MOST_KEPT_TOKENS = 32, 4096
 
 
 def answer_questions(
@@ -90,6 +94,40 @@ def continue_prompts(
             pad_token_id=pad_token_id,
         )
     return [_up_to_end(written, ends) for written in output[:, longest:].tolist()]
+
+
+def continue_in_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """`continue_prompts` for any number of prompts, in batches that bound what is kept; `progress` is told prompts done and in all."""
+    written: dict[int, list[int]] = {}
+    for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens):
+        ids = continue_prompts(
+            model, tokenizer, [prompts[place] for place in batch], ends=ends, max_new_tokens=max_new_tokens
+        )
+        written |= zip(batch, ids, strict=True)
+        progress(len(written), len(prompts))
+    return [written[place] for place in range(len(prompts))]
+
+
+def _batches(lengths: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    """Places of the prompts to answer together, short ones first: at most `MOST_ANSWERS`, and `MOST_KEPT_TOKENS` of their
+    rectangle with the answers, unless one alone has more."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        kept = (len(batch) + 1) * (lengths[place] + max_new_tokens)
+        if batch and (len(batch) == MOST_ANSWERS or kept > MOST_KEPT_TOKENS):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:

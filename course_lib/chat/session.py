@@ -139,6 +139,28 @@ class ChatSession:
         _check_unicode(text)
         self._start(text)
 
+    def take_back(self) -> str:
+        """Forget the last question and its answer, so that it can be asked again; return the question.
+
+        Turns that it had pushed out of the context stay out.
+
+        Raises:
+            InputError: there is no question in the history.
+            CourseError: another thread is reading an answer of this session.
+        """
+        self._close_unfinished()
+        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise InputError("nothing to take back, for nothing was asked yet")
+        question = self.messages[asked[-1]]["content"]
+        del self.messages[asked[-1] :]
+        return question
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the model has written of the answer that it is writing; 0 when it writes none."""
+        return self._generation.new_tokens if self._generation else 0
+
     @property
     def system(self) -> str:
         """The system turn's text, empty when there is none."""

@@ -142,9 +142,11 @@ def _tokenizer_threads(processes: int) -> Iterator[None]:
 
 @cache
 def _code_key() -> str:
-    """What the same input may come out differently with: this folder's code and templates, and the libraries beneath."""
-    folder = Path(__file__).parent
-    sources = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".jinja", ".yaml", ".json"))
+    """What the same input may come out differently with: the code and templates of this folder and of the agent's, which writes
+    tool calls, and the libraries beneath."""
+    folders = (Path(__file__).parent, Path(__file__).parents[1] / "agent")
+    kinds = (".py", ".jinja", ".yaml", ".json")
+    sources = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in kinds)
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.read_bytes())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from course_lib.agent.protocol import choose_protocol
 from course_lib.data.cache import content_key, map_rows, rows_from, tokenizer_key
 from course_lib.data.conversation import Conversation, RowError
 from course_lib.data.examples import Examples
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
+    from course_lib.agent.protocol import AgentProtocol
     from course_lib.data.templates import ChatTemplate
     from course_lib.recipe import DataSettings
 
@@ -70,7 +72,8 @@ def load_dataset(settings: DataSettings, *, template: ChatTemplate, tokenizer: P
         conversations,
         _encode_batch,
         _EXAMPLE_COLUMNS,
-        content_key(key, repr(template), tokenizer_key(tokenizer), repr(rules)),
+        content_key(key, repr(template), tokenizer_key(tokenizer), repr(rules), settings.protocol),
+        protocol=choose_protocol(settings.protocol, template, tokenizer),
         template=template,
         tokenizer=tokenizer,
         **rules,
@@ -235,6 +238,7 @@ def _encode_batch(
     *,
     template: ChatTemplate,
     tokenizer: PreTrainedTokenizerBase,
+    protocol: AgentProtocol,
     max_length: int,
     over_long: OverLong,
     train_on: TrainOn,
@@ -243,7 +247,7 @@ def _encode_batch(
     out: dict[str, list[Any]] = {name: [] for name in _EXAMPLE_COLUMNS}
     numbers = [number for number, text in zip(batch["row"], batch["conversation"], strict=True) if text]
     conversations = [json.loads(text) for text in batch["conversation"] if text]
-    encoded = encode_conversations(conversations, template, tokenizer, train_on=train_on)
+    encoded = encode_conversations(conversations, template, tokenizer, train_on=train_on, protocol=protocol)
     for number, example in zip(numbers, encoded, strict=True):
         parts: list[Example] = []
         if isinstance(example, RowError):

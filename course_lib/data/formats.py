@@ -20,6 +20,7 @@ from course_lib.data.formats_instruction import (
     from_prompt_completion,
     from_xtuner,
 )
+from course_lib.data.formats_msagent import from_msagent, is_msagent
 from course_lib.data.formats_oasst import assemble_trees, from_oasst
 from course_lib.data.formats_text import from_guanaco, from_text, has_turn_marks
 from course_lib.data.readers import iter_rows as iter_rows
@@ -47,6 +48,9 @@ class Format:
 # In the order they are tried: a row may have the keys of several (tatsu-lab/alpaca has `text` beside `instruction`).
 FORMATS: dict[str, Format] = {
     "messages": Format((("messages",),), from_messages, "OpenAI / Hugging Face messages, with tools"),
+    "msagent": Format(
+        (("conversations",),), from_msagent, "MSAgent-Bench turns, calls and results marked in the text", is_msagent
+    ),
     "sharegpt": Format((("conversations",),), from_sharegpt, "ShareGPT turns of from and value, with tools"),
     "xtuner": Format((("conversation",),), from_xtuner, "XTuner turns of input and output"),
     "alpaca": Format((("instruction",), ("instruction_zh",)), from_alpaca, "Alpaca instruction, input and output"),

@@ -18,6 +18,8 @@ from course_lib.data.templates import ChatTemplate, Rendered, render, render_pro
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from course_lib.agent.protocol import AgentProtocol
+
 TrainOn = Literal["all", "last", "marked"]
 
 IGNORE_INDEX = -100  # the label of a token the loss does not see; PyTorch's default ignore_index
@@ -72,23 +74,27 @@ def encode_conversations(
     tokenizer: PreTrainedTokenizerBase,
     *,
     train_on: TrainOn = "all",
+    protocol: AgentProtocol | None = None,
 ) -> list[Example | RowError]:
     """`encode_conversation` for many rows, faster: the tokenizer takes all texts at once, on all processors.
+
+    Args:
+        protocol: what writes tool calls and results before the template sees them; none leaves them to the template.
 
     Returns:
         For each row its example, or why it has none.
     """
-    rendered: list[Rendered | RowError] = []
+    rendered: list[tuple[Conversation, Rendered] | RowError] = []
     for row in rows:
         try:
-            rendered.append(_render(row, template, tokenizer))
+            written = protocol.render(row) if protocol else row
+            rendered.append((written, _render(written, template, tokenizer)))
         except RowError as reason:
             rendered.append(reason)
-    texts = [one for one in rendered if isinstance(one, Rendered)]
-    encoded = iter(_encode(texts, tokenizer))
+    encoded = iter(_encode([one[1] for one in rendered if not isinstance(one, RowError)], tokenizer))
     return [
-        one if isinstance(one, RowError) else _label(row, *next(encoded), tokenizer=tokenizer, train_on=train_on)
-        for row, one in zip(rows, rendered, strict=True)
+        one if isinstance(one, RowError) else _label(one[0], *next(encoded), tokenizer=tokenizer, train_on=train_on)
+        for one in rendered
     ]
 
 

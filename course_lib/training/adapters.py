@@ -78,9 +78,10 @@ def add_lora(
 
 
 def save_weights(
-    model: PeftModel | PreTrainedModel, folder: Path, *, base_folder: Path, settings: ModelSettings
+    model: PeftModel | PreTrainedModel, folder: Path, *, base_folder: Path, settings: ModelSettings, protocol: str
 ) -> None:
-    """Save the adapter (or, after full fine-tuning, the model) into `folder`, with a record of its base."""
+    """Save the adapter (or, after full fine-tuning, the model) into `folder`, with a record of its base and of how its rows
+    were written: template, and the protocol of tool calls."""
     from peft import PeftModel
 
     from course_lib.fetch import quiet_transformers
@@ -108,6 +109,7 @@ def save_weights(
         "double_quant": settings.double_quant,
         "compute_dtype": str(_compute_dtype(model)).removeprefix("torch."),
         "template": settings.template,
+        "protocol": protocol,
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -15,8 +15,9 @@ from accelerate.utils import set_seed
 
 from course_lib.data.collate import flatten, pad
 from course_lib.data.dataset import Dataset, load_dataset
-from course_lib.data.templates import ChatTemplate, choose_template
+from course_lib.data.templates import ChatTemplate, choose_template, named_template
 from course_lib.errors import InputError
+from course_lib.files import write_text
 from course_lib.models import load_model, load_tokenizer, model_folder
 from course_lib.recipe import DataSettings, Recipe, TrainingSettings
 from course_lib.training.adapters import add_lora, load_weights, save_weights
@@ -134,7 +135,21 @@ class Run:
         """Save the adapter, or after full fine-tuning the model. All processes call it; the first one writes."""
         with self.update.whole_weights():
             if is_main_process():
-                save_weights(self.bare_model, folder, base_folder=self.base_folder, settings=self.recipe.model)
+                save_weights(
+                    self.bare_model,
+                    folder,
+                    base_folder=self.base_folder,
+                    settings=self.recipe.model,
+                    protocol=self.recipe.data.protocol,
+                )
+                if self.recipe.lora is None:  # a whole model is loaded from its own folder
+                    self._save_tokenizer(folder)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        """With the template that was trained with: whoever serves the model must use the same."""
+        self.tokenizer.save_pretrained(folder)
+        if self.recipe.model.template != "auto":
+            write_text(folder / "chat_template.jinja", named_template(self.recipe.model.template).source)
 
     def save_checkpoint(self, *, step: int) -> None:
         """Write all that `restore` needs."""

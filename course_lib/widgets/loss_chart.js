@@ -31,7 +31,7 @@ function draw(model) {
 
 function render({ model, el }) {
   const box = document.createElement("div");
-  box.className = "course-loss-chart";
+  box.className = "course-widget course-loss-chart";
   const picture = document.createElement("div");
   const update = () => { picture.innerHTML = draw(model); };
   box.append(picture);

@@ -5,23 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import time
-from pathlib import Path
 from typing import Any
 
-import anywidget
 import traitlets
 
 from course_lib.training.events import Event, HeldOutLoss, RunEnded, RunStarted, StepDone
+from course_lib.widgets.base import CourseWidget, script
 
-_HERE = Path(__file__).parent
 _SECONDS_BETWEEN_UPDATES = 0.2  # a trait change is a message to the browser: five a second look smooth
 
 
-class LossChart(anywidget.AnyWidget):
+class LossChart(CourseWidget):
     """Show it in a cell, then give it to `train(..., listeners=[chart])`. Interrupting the kernel saves a checkpoint and ends the run."""
 
-    _esm = _HERE / "loss_chart.js"
-    _css = _HERE / "course.css"
+    _esm = script("loss_chart.js")
 
     points = traitlets.List().tag(sync=True)  # [step, loss]
     held_out = traitlets.List().tag(sync=True)  # [step, loss]
@@ -59,15 +56,11 @@ class LossChart(anywidget.AnyWidget):
         steps = [{"event": "StepDone", "step": step, "loss": loss} for step, loss in self.points]
         return steps + [{"event": "HeldOutLoss", "step": step, "loss": loss} for step, loss in self.held_out]
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The live widget, and for pages without a kernel its picture as it is now."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/plain"] = f"LossChart: {self.status}"
-        data["text/html"] = self._static_html()
-        return bundle
+    def __repr__(self) -> str:
+        return f"LossChart: {self.status}"
 
-    def _static_html(self) -> str:
+    def twin(self) -> str:
+        """The picture as it is now."""
         if not self.points:
             return f"<p><em>Loss chart: {self.status}.</em> The whole curve is drawn in a later cell.</p>"
         from course_lib.plots import loss_figure

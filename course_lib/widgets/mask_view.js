@@ -3,16 +3,7 @@ const SHIFT_EXPLAINED =
   "The model reads the upper token and is scored on the lower one: position t predicts token t + 1. " +
   "Where the lower line has a dash, the next label is -100 and nothing is scored.";
 const HINT = "Point at a token, or press Tab and the arrow keys, to read its id and label.";
-// JupyterLab moves between notebook cells with the arrow keys, unless the element in focus itself says to leave them alone.
-const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
 const MARKS = /([·⏎⇥␍]+)/; // how `visible` in mask_view.py writes white space
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
 
 // A token as a chip; white space is drawn fainter than the letters.
 function chip(text) {
@@ -147,7 +138,7 @@ function render({ model, el }) {
   const explained = element("p", { class: "course-note", role: "status" });
   const details = element("div", { class: "course-details" });
   const columns = element("div", { class: "course-columns" });
-  const box = element("section", { class: "course-mask-view", "aria-label": "Tokens and loss mask" });
+  const box = element("section", { class: "course-widget course-mask-view", "aria-label": "Tokens and loss mask" });
   let shownCell = null, lists = [];
 
   const show = (cell) => {

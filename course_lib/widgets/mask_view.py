@@ -6,20 +6,18 @@ import html
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-import anywidget
 import traitlets
 
 from course_lib.data.conversation import Conversation, RowError
 from course_lib.data.templates import ChatTemplate, choose_template
 from course_lib.data.tokenize import IGNORE_INDEX, encode_conversation
+from course_lib.widgets.base import CourseWidget, script
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HERE = Path(__file__).parent
 MOST_CELLS = 600  # tokens drawn a template; more make the page slow, and no reader looks at them
 _MOST_PIECES = 8  # tokens tried to complete one character: it has at most four bytes, tokens may overlap two characters
 _BROKEN = "\ufffd"  # what decoding gives for bytes that are no whole character
@@ -229,7 +227,7 @@ def counts(column: MaskColumn) -> str:
     return text + (f"; the first {shown:,} are shown, the counts are of all" if shown < column["tokens"] else "")
 
 
-class MaskView(anywidget.AnyWidget):
+class MaskView(CourseWidget):
     """Show which tokens of a conversation are trained, under one chat template or several side by side.
 
     Example:
@@ -241,8 +239,7 @@ class MaskView(anywidget.AnyWidget):
         ValueError: no template is named.
     """
 
-    _esm = _HERE / "mask_view.js"
-    _css = _HERE / "course.css"
+    _esm = script("mask_view.js")
 
     columns = traitlets.List().tag(sync=True)  # of MaskColumn, each with "counts", the sentence above its tokens
     shift = traitlets.Bool(False).tag(sync=True)  # show under each token the one it predicts
@@ -265,13 +262,9 @@ class MaskView(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return "MaskView: " + "; ".join(f"{column['name']}: {column['counts']}" for column in self.columns)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+    def twin(self) -> str:
         """The live widget, and for pages without a kernel the same tokens as plain HTML."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/plain"] = repr(self)
-        data["text/html"] = static_html(self.columns, shift=self.shift)
-        return bundle
+        return static_html(self.columns, shift=self.shift)
 
 
 # GitHub takes the style sheet and all classes away: what is left, <ins> underlined, <b> bold and <kbd> boxed, must do. The

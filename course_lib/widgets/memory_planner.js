@@ -1,13 +1,4 @@
 // Draws the `view` trait: memory by part as one bar against a card's, the controls, and settings that fit. Python does all arithmetic.
-// JupyterLab moves between notebook cells with the arrow keys, unless the element in focus itself says to leave them alone.
-const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
 
 function key(part) {
   return element("span", { class: `course-key course-part-${part}`, "aria-hidden": "true" });
@@ -60,7 +51,7 @@ function render({ model, el }) {
   const command = element("p", { class: "course-command" });
   const box = element(
     "section",
-    { class: "course-memory-planner", "aria-label": "Memory of a training" },
+    { class: "course-widget course-memory-planner", "aria-label": "Memory of a training" },
     title, headline, picture, element("div", { class: "course-memory-body" }, element("div", {}, parts, details), element("div", { class: "course-form" }, choices, boxes, why, problem)),
     fitting, command,
   );

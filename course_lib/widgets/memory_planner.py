@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Any, TypedDict
 
-import anywidget
 import traitlets
 
 from course_lib.errors import InputError
@@ -16,8 +15,8 @@ from course_lib.recipe import Recipe, load_recipe, with_overrides
 from course_lib.sizes import in_gib, parse_size
 from course_lib.training.memory_plan import CARDS, Candidate, plan_within
 from course_lib.training.memory_prediction import MemoryPrediction, predict_memory, why_plain
+from course_lib.widgets.base import CourseWidget, script
 
-_HERE = Path(__file__).parent
 _SUGGESTIONS = 3
 _TEXT_WIDTH = 40  # characters of the longest bar in the static twin
 _TICKS = 6  # on the axis, at most
@@ -66,7 +65,7 @@ class Control(TypedDict):
     value: str
 
 
-class MemoryPlanner(anywidget.AnyWidget):
+class MemoryPlanner(CourseWidget):
     """Show a recipe's memory by part against a card's, with controls for what changes it, and the settings that fit.
 
     Example:
@@ -77,8 +76,7 @@ class MemoryPlanner(anywidget.AnyWidget):
         InputError: no such recipe or model, or `vram` is no size.
     """
 
-    _esm = _HERE / "memory_planner.js"
-    _css = _HERE / "course.css"
+    _esm = script("memory_planner.js")
 
     values = traitlets.Dict().tag(sync=True)  # of every control, as text: what the reader chose
     view = traitlets.Dict().tag(sync=True)  # what is drawn
@@ -152,13 +150,9 @@ class MemoryPlanner(anywidget.AnyWidget):
         vram = int(self.values["vram"])
         return f"MemoryPlanner: {self.shape.name}: {_headline(self.prediction, vram)}"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+    def twin(self) -> str:
         """The live widget, and for pages without a kernel the bar as a table, as it is now."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/plain"] = repr(self)
-        data["text/html"] = static_html(self.view)
-        return bundle
+        return static_html(self.view)
 
 
 def segments(predicted: MemoryPrediction, scale: float) -> list[Segment]:

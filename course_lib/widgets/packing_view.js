@@ -2,17 +2,6 @@
 const SIDE = 384, BAND = 20; // of the attention picture and of the sample numbers along its edges, in its own units
 const LETTER = 8; // width of a digit there
 const NAMED = 8; // samples of a pack that are read out one by one
-// JupyterLab moves between notebook cells with the arrow keys, unless the element in focus itself says to leave them alone.
-const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-const count = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 
 function segmentWords(segment) {
   const cut = [segment.begins_earlier && "begins in an earlier pack", segment.goes_on && "goes on in a later pack"].filter(Boolean);
@@ -120,7 +109,7 @@ function render({ model, el }) {
   const more = element("p", { class: "course-note" });
   const attention = element("div", { class: "course-attention-panel" });
   const body = element("div", { class: "course-packing-body" }, element("div", { class: "course-packs-panel" }, heading, bars, key, more), attention);
-  const box = element("section", { class: "course-packing-view", "aria-label": "Packing" }, choices, numbers, said, body);
+  const box = element("section", { class: "course-widget course-packing-view", "aria-label": "Packing" }, choices, numbers, said, body);
 
   const view = () => model.get("views").find((rows) => rows.strategy === model.get("strategy")) ?? model.get("views")[0];
   const setAndSave = (values) => {

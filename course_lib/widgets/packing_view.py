@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
-import anywidget
 import numpy as np
 import traitlets
 
 from course_lib.data.packing import PackingStrategy, PackPlan, Piece, plan_packs
+from course_lib.widgets.base import CourseWidget, script
 
-_HERE = Path(__file__).parent
 MOST_PACKS = 24  # bars drawn a strategy
 MOST_CELLS = 48  # rows and columns of the attention picture
 _NARROWEST = 1 / 150  # of a bar: samples narrower than this are drawn together
@@ -193,7 +191,7 @@ def _tokens(count: int) -> str:
     return f"{count:,} token{'' if count == 1 else 's'}"
 
 
-class PackingView(anywidget.AnyWidget):
+class PackingView(CourseWidget):
     """Show how samples of these lengths are packed, by each strategy in turn, and the attention mask of a chosen pack.
 
     Example:
@@ -203,8 +201,7 @@ class PackingView(anywidget.AnyWidget):
         ValueError: a sample has no tokens, or (unless `concat`) more than `max_length`; or no strategy is named.
     """
 
-    _esm = _HERE / "packing_view.js"
-    _css = _HERE / "course.css"
+    _esm = script("packing_view.js")
 
     views = traitlets.List().tag(sync=True)  # of PackingRows, each with "shown", its numbers as text
     strategy = traitlets.Unicode().tag(sync=True)
@@ -240,13 +237,9 @@ class PackingView(anywidget.AnyWidget):
         )
         return f"PackingView: {self.samples:,} samples, max_length {self.max_length:,}: " + "; ".join(plans)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+    def twin(self) -> str:
         """The live widget, and for pages without a kernel all strategies one below the other, drawn in text."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/plain"] = repr(self)
-        data["text/html"] = static_html(self.views)
-        return bundle
+        return static_html(self.views)
 
 
 def bar_text(row: PackRow, *, max_length: int, width: int = _TEXT_WIDTH) -> str:

@@ -7,12 +7,12 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted_model import model_says
 
 from course_lib.chat.generation import AnswerStreamer, logits_processors
 from course_lib.chat.session import ChatSession, SamplingSettings
@@ -36,30 +36,6 @@ def chat(loaded: tuple[Any, Any]) -> Callable[..., ChatSession]:
         return ChatSession(*loaded, **{"sampling": EIGHT, **options})
 
     return make
-
-
-@contextmanager
-def model_says(session: ChatSession, text: str, *, end: bool = True, delay: float = 0.0) -> Iterator[None]:
-    """Make the model write this text, over and over unless it ends; generation itself is the real one."""
-    import torch
-
-    ids = session.tokenizer(text, add_special_tokens=False)["input_ids"]
-    script = [*ids, session.tokenizer.eos_token_id] if end else ids * 1000
-    position = 0
-
-    def force(module: Any, inputs: Any, output: Any) -> Any:
-        nonlocal position
-        time.sleep(delay)
-        output.logits = torch.full_like(output.logits, -1e4)
-        output.logits[:, -1, script[position % len(script)]] = 0.0
-        position += 1
-        return output
-
-    hook = session.model.register_forward_hook(force)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def test_the_prompt_of_every_turn_is_a_prefix_of_what_training_sees(chat: Callable[..., ChatSession]) -> None:
@@ -193,12 +169,13 @@ def test_stop_from_another_thread_ends_within_a_second(chat: Callable[..., ChatS
 
     def stop() -> None:
         nonlocal asked_at
+        while session.new_tokens < 20:
+            time.sleep(0.001)
         asked_at = time.perf_counter()
         session.stop()
 
     with model_says(session, "word ", end=False, delay=0.01):
-        timer = threading.Timer(0.3, stop)
-        timer.start()
+        threading.Thread(target=stop, daemon=True).start()
         answer = session.ask("talk")
     assert time.perf_counter() - asked_at < 1
     assert answer.startswith("word word")
@@ -439,3 +416,25 @@ def test_sampling_settings_are_frozen() -> None:
     settings = SamplingSettings(temperature=1, seed=0)
     with pytest.raises(AttributeError):
         settings.temperature = 0.5
+
+
+def test_a_question_is_taken_back_with_its_answer(chat: Callable[..., ChatSession]) -> None:
+    session = chat(system="be brief")
+    first = session.ask("one")
+    session.ask("two")
+    assert session.take_back() == "two"
+    assert [message["content"] for message in session.messages] == ["be brief", "one", first]
+    assert session.take_back() == "one"
+    with pytest.raises(InputError, match="nothing was asked"):
+        session.take_back()
+    assert session.ask("one") == first
+
+
+def test_tokens_are_counted_while_the_answer_is_written(chat: Callable[..., ChatSession]) -> None:
+    session = chat()
+    assert session.new_tokens == 0
+    with model_says(session, "abcdefgh", delay=0.01):
+        counts = [session.new_tokens for _ in session.stream("hi")]
+    assert counts[-1] == session.last_stats.new_tokens == 8
+    assert counts == sorted(counts)
+    assert session.new_tokens == 0

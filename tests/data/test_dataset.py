@@ -3,16 +3,18 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from course_lib.agent.protocol import PROTOCOLS
 from course_lib.data.dataset import load_dataset
 from course_lib.data.identity import LANGUAGES, identity_conversations
 from course_lib.data.sources import locate
-from course_lib.data.templates import choose_template
+from course_lib.data.templates import choose_template, named_template
+from course_lib.data.tokenize import IGNORE_INDEX
 from course_lib.errors import CourseError, InputError
-from course_lib.recipe import DataSettings
+from course_lib.recipe import DataSettings, Protocol
 
 
 def load(tokenizer: Any, **settings: Any) -> Any:
@@ -46,6 +48,59 @@ def test_a_bad_row_is_named_by_file_row_and_reason(tokenizer: Any, rows_file: Pa
     rows_file.write_text(rows_file.read_text() + '\n{"instruction": "x"}')
     with pytest.raises(InputError, match=r"rows\.jsonl: row 11: row has no 'output'.*on_bad_row=drop"):
         load(tokenizer, path=str(rows_file))
+
+
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Rome"}}}
+WITH_TOOLS = {
+    "messages": [
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "10:30"},
+        {"role": "assistant", "content": "Half past ten."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "clock"}}],
+}
+
+
+def test_the_protocol_writes_tool_calls_and_each_has_its_own_examples(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps(WITH_TOOLS))
+    trained = {}
+    for protocol in ("react_brief", "react_en", "react_zh", "native"):
+        template = named_template("chatml" if protocol != "native" else "qwen_chat")
+        settings = DataSettings(path=str(path), protocol=protocol, max_length=2000)
+        (example,) = load_dataset(settings, template=template, tokenizer=tokenizer).train
+        trained[protocol] = tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+        assert "10:30" in tokenizer.decode(example.input_ids)
+        assert "10:30" not in trained[protocol]
+    assert trained["react_brief"].startswith('Action: clock\nAction Input: {"city": "Rome"}')
+    assert trained["react_en"] == trained["react_brief"]
+    assert trained["react_zh"].startswith('Action:clock\nAction Input:{"city": "Rome"}')
+    assert trained["native"].startswith("<tool_call>")
+
+
+def test_a_template_without_tools_takes_the_react_protocol_by_itself(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps(WITH_TOOLS))
+    settings = DataSettings(path=str(path), max_length=2000)
+    dataset = load_dataset(settings, template=named_template("chatml"), tokenizer=tokenizer)
+    assert "Final Answer: Half past ten." in tokenizer.decode(dataset.train[0].input_ids)
+    with pytest.raises(InputError, match="no form for tool calls in JSON; choose a ReAct protocol"):
+        settings = DataSettings(path=str(path), protocol="native")
+        load_dataset(settings, template=named_template("chatml"), tokenizer=tokenizer)
+
+
+def test_a_row_the_protocol_cannot_write_is_counted(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    bad = WITH_TOOLS | {"messages": [*WITH_TOOLS["messages"][:3], *WITH_TOOLS["messages"][2:]]}
+    path.write_text(json.dumps(bad) + "\n" + json.dumps(WITH_TOOLS))
+    settings = DataSettings(path=str(path), on_bad_row="drop", max_length=2000)
+    report = load_dataset(settings, template=named_template("chatml"), tokenizer=tokenizer).report
+    assert (report.read, report.kept, report.dropped) == (2, 1, {"message 2: 1 tool calls and 2 results": [1]})
+
+
+def test_the_recipe_knows_every_protocol() -> None:
+    assert set(get_args(Protocol)) == {"auto", *PROTOCOLS}
 
 
 def test_truncation_cuts_from_the_right_and_is_counted(tokenizer: Any, tmp_path: Path) -> None:

@@ -265,7 +265,8 @@ def test_xtuner_turns_without_loss() -> None:
         ({"instruction_zh": "i"}, "no 'output_zh'"),
         ({"instruction": "i", "output": "o", "history": [["q"]]}, r"history 1 is not \[question, answer\]: \['q'\]"),
         ({"instruction": "i", "output": "o", "history": "h"}, "history is text, not a list of pairs"),
-        ({"conversations": "[{}]"}, "conversations is text, not a list of turns"),
+        ({"conversations": "[{}]"}, "turn 1: unknown speaker None"),
+        ({"conversations": {}}, "conversations is an object, not a list of turns"),
         ({"conversations": [{"from": "humman", "value": "x"}]}, "turn 1: unknown speaker 'humman'.*did you mean human"),
         ({"conversations": [{"from": "gpt"}]}, r"turn 1 \(gpt\) has no 'value'"),
         (

@@ -7,10 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from course_lib.agent.protocol import choose_protocol
 from course_lib.data.conversation import Conversation
 from course_lib.data.dataset import load_conversations
 from course_lib.data.report import DataReport
+from course_lib.data.templates import named_template, render
 from course_lib.recipe import DataSettings
 
 pytestmark = pytest.mark.realdata
@@ -43,6 +46,35 @@ def test_tool_calls(real_data: Path) -> None:
         called = {call["function"]["name"] for message in row["messages"] for call in message.get("tool_calls", [])}
         assert called <= names
     assert sum(len(row.get("tools", [])) for _, row in kept) == 219
+
+
+@pytest.mark.parametrize("protocol", ["native", "react", "react_en", "react_zh", "react_brief"])
+def test_tool_calls_are_all_written_and_read_back_by_every_protocol(
+    real_data: Path, protocol: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Each of the 300 conversations through a protocol and a template: a call is read from the very text that is trained."""
+    template = named_template("qwen_chat" if protocol == "native" else "chatml")
+    chosen = choose_protocol(protocol, template, tokenizer)
+    kept, _ = loaded(real_data / "glaive_toolcall_en_demo.json")
+    calls = answers = 0
+    for _, row in kept:
+        written = chosen.render(row)
+        rendered = render(written["messages"], template, tokenizer, written.get("tools"))
+        turns = [message for message in row["messages"] if message["role"] == "assistant"]
+        for (start, end), message in zip(rendered.answers, turns, strict=True):
+            text = rendered.text[start:end].removesuffix("<|im_end|>")
+            if not row.get("tools"):
+                assert text == message["content"]
+                continue
+            turn = chosen.read_turn(text)
+            made = [one["function"] for one in message.get("tool_calls", [])]
+            assert [one["function"] for one in turn.calls] == made
+            assert turn.calls or turn.answer == message["content"]
+            calls += len(turn.calls)
+            answers += not turn.calls
+    said = [message for _, row in kept if row.get("tools") for message in row["messages"]]
+    assert calls == 211
+    assert answers == sum(one["role"] == "assistant" and not one.get("tool_calls") for one in said)
 
 
 def test_alpaca(real_data: Path) -> None:

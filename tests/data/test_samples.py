@@ -18,9 +18,17 @@ from course_lib.data.split import normal_question, split_file
 SHEET = SAMPLE_FOLDER / "medication_qa_sample.xlsx"
 
 
-@pytest.mark.parametrize("name", ["medication_qa_sample.xlsx", "openassistant_sample.jsonl"])
-def test_a_builder_makes_the_committed_bytes(tmp_path: Path, name: str) -> None:
-    builder = SAMPLE_FOLDER / f"build_{name.split('.')[0]}.py"
+@pytest.mark.parametrize(
+    ("builder", "name"),
+    [
+        ("build_medication_qa_sample.py", "medication_qa_sample.xlsx"),
+        ("build_openassistant_sample.py", "openassistant_sample.jsonl"),
+        ("build_msagent_sample.py", "msagent_sample.jsonl"),
+        ("build_msagent_sample.py", "msagent_test.jsonl"),
+    ],
+)
+def test_a_builder_makes_the_committed_bytes(tmp_path: Path, builder: str, name: str) -> None:
+    builder = SAMPLE_FOLDER / builder
     subprocess.run([sys.executable, str(builder), str(tmp_path / name)], check=True, timeout=60)
     assert (tmp_path / name).read_bytes() == (SAMPLE_FOLDER / name).read_bytes(), f"run python {builder}, and commit"
 

@@ -170,8 +170,18 @@ def test_offline_is_heeded_and_what_is_there_is_used(
 
 def test_a_set_without_a_sample_fails_offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    bare = replace(find_source("msagent-bench"), sample=None)
+    monkeypatch.setattr(module, "find_source", lambda name: bare)
     with pytest.raises(CourseError, match="msagent-bench: not in the cache"):
         open_source("msagent-bench", offline_ok=True)
+
+
+@pytest.mark.parametrize("name", sources())
+def test_every_sample_stands_in_for_its_set(home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    opened = open_source(name, offline_ok=True)
+    assert opened.is_sample
+    assert opened.path.is_file()
 
 
 def test_a_cache_that_cannot_be_written_is_not_the_mirrors_fault(serve, mirrored: Callable, home: Path) -> None:

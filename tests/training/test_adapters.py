@@ -91,7 +91,7 @@ def losses(work_dir: Path) -> list[float]:
 
 def saved(model: PeftModel, folder: Path, base: Path) -> Path:
     folder.mkdir()
-    save_weights(model, folder, base_folder=base, settings=ModelSettings(name="tiny", dtype="float32"))
+    save_weights(model, folder, base_folder=base, settings=ModelSettings(name="tiny", dtype="float32"), protocol="auto")
     return folder
 
 

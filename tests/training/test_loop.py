@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from course_lib.chat.session import ChatSession, SamplingSettings
 from course_lib.errors import CourseError, InputError
 from course_lib.files import write_text
+from course_lib.models import load_model
 from course_lib.training.checkpoint import checkpoints
 from course_lib.training.events import CheckpointSaved, HeldOutLoss, RunEnded, RunStarted, SampleAnswers, StepDone
 from course_lib.training.fused import FusedEngine
@@ -227,6 +229,15 @@ def test_full_fine_tuning_trains_and_resumes(make: Any, tmp_path: Path) -> None:
     assert straight == resumed
     assert (resumed / "model.safetensors").exists()
     assert len(losses(tmp_path / "straight")) == 4
+
+
+@pytest.mark.parametrize("template", ["auto", "zephyr"])
+def test_a_whole_model_is_loaded_from_its_own_folder(make: Any, tmp_path: Path, template: str) -> None:
+    recipe = make(lora=None, model={"template": template}, training={"max_steps": 1})
+    model, tokenizer = load_model(train(recipe, work_dir=tmp_path / "run"))
+    session = ChatSession(model, tokenizer, sampling=SamplingSettings(max_new_tokens=2))
+    assert template in ("auto", session.template.name)
+    session.ask("hello")
 
 
 @pytest.mark.parametrize("dtype", ["nf4", "int8", "bfloat16"])

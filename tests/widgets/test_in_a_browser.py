@@ -16,8 +16,7 @@ from course_lib.widgets.memory_planner import MemoryPlanner
 from course_lib.widgets.packing_view import PackingView
 
 pytestmark = pytest.mark.browser
-ASSETS = {MaskView: "mask_view.js", PackingView: "packing_view.js", MemoryPlanner: "memory_planner.js"}
-WIDGETS = Path(__file__).parents[2] / "course_lib" / "widgets"
+KINDS = (MaskView, PackingView, MemoryPlanner)
 HOSTILE = "<script>window.hurt=1</script><img src=x onerror=window.hurt=1>\"'"
 OFFLINE = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 
@@ -62,10 +61,10 @@ def drive(tmp_path: Path, read_html: Callable) -> Callable:
         pytest.skip("no chromium on this machine")
 
     def run(view: Any, script: str) -> dict[str, Any]:
-        kind, asset = next((kind, asset) for kind, asset in ASSETS.items() if isinstance(view, kind))
+        kind = next(kind for kind in KINDS if isinstance(view, kind))
         traits = {name: getattr(view, name) for name in kind.class_own_traits(sync=True)}
         state = json.dumps(traits).replace("</", "<\\/")
-        js, css = ((WIDGETS / name).read_text(encoding="utf-8") for name in (asset, "course.css"))
+        js, css = str(kind._esm), str(kind._css)
         page = tmp_path / "page.html"
         page.write_text(PAGE % {"css": css, "js": js, "state": state, "script": script}, encoding="utf-8")
         command = [chromium, "--headless", *OFFLINE, f"--user-data-dir={tmp_path / 'profile'}"]

@@ -226,11 +226,12 @@ THEMES = {
 }
 TEXT_ON = [
     *[("ink", ground) for ground in ("page", "faint", "trained", "segment", "segment-other")],
-    *[("quiet", ground) for ground in ("page", "faint", "trained")],
+    *[("quiet", ground) for ground in ("page", "faint", "trained", "segment")],
 ]
 MARK_ON = [
     ("line", "page"),
     ("brand", "page"),
+    ("brand", "faint"),
     ("own", "page"),
     ("ink", "warned"),
     ("ink", "faint"),
@@ -284,8 +285,8 @@ def test_text_and_marks_stand_out_from_their_ground(theme: str) -> None:
 @pytest.mark.parametrize(
     "asset",
     [
-        *("mask_view.js", "packing_view.js", "memory_planner.js", "course.css"),
-        *("mask_view.py", "packing_view.py", "memory_planner.py"),
+        *("dom.js", "mask_view.js", "packing_view.js", "memory_planner.js", "loss_chart.js", "chat.js", "course.css"),
+        *("mask_view.py", "packing_view.py", "memory_planner.py", "chat.py", "transcript.py"),
     ],
 )
 def test_an_asset_names_no_address(asset: str) -> None:

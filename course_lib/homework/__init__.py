@@ -1,0 +1,1 @@
+"""Homework: checks that say what is probably wrong, and grading over nbgrader."""

@@ -1,0 +1,206 @@
+"""Build `msagent_sample.jsonl` and `msagent_test.jsonl` from `source/tool_questions.yaml`, in the form of MSAgent-Bench.
+
+    python data/build_msagent_sample.py [OUT …]
+
+Every result in a row is what the course's tool returned when it was called, offline, and every answer is made of it. The clock
+stands at a moment of the row's own. A file whose name ends in `_test` gets the wordings and the values kept for the test. Rows are
+put into the order of a hash, so that tools and languages are mixed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import yaml
+
+os.environ.pop("SERPER_API_KEY", None)  # with it, search would ask the web
+
+from course_lib.agent import tools
+
+FOLDER = Path(__file__).parent
+TARGETS = (FOLDER / "msagent_sample.jsonl", FOLDER / "msagent_test.jsonl")
+SHIPPED = {tool.name: tool for tool in tools.shipped_tools()}
+RULES = {
+    "en": "Call a tool with JSON of api_name and parameters between <|startofthink|> and <|endofthink|>. Tools:",
+    "zh": "调用工具时，在<|startofthink|>和<|endofthink|>之间写JSON，包含api_name和parameters。工具：",
+}
+PLUGIN_EVERY, TEXT_EVERY = 5, 8  # rows with the tools in MSAgent's other form, and with the conversation as text
+ALL_EVERY, LISTED = 4, 3
+FIRST_MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+
+
+def rows(split: str) -> list[dict[str, Any]]:
+    """All rows of `train` or `test`, in the order of the file."""
+    source = yaml.safe_load((FOLDER / "source" / "tool_questions.yaml").read_text(encoding="utf-8"))
+    made = sorted(_turns(source, split), key=lambda row: _hash(row[1]))
+    return [_row(split, number, *row) for number, row in enumerate(made, start=1)]
+
+
+def _turns(source: dict[str, Any], split: str) -> Iterator[tuple[str, str, str]]:
+    """(language, question, what the assistant writes) of every row."""
+    tasks, values = source["tasks"], source["values"]
+    for name, task in tasks.items():
+        for language in ("en", "zh"):
+            wordings = task.get(language, {}).get(split, [])
+            for number in range(len(wordings) * task.get("repeats", {}).get(split, 1)):
+                asked = _asked(name, task, values, language, split, number)
+                opening = (
+                    _pick(source["openings"][language], number, name) if split == "train" and number % 3 == 2 else ""
+                )
+                yield language, opening + asked.question, f"{asked.call}\n{asked.answer}"
+    for language, count in source["pair_rows"][split].items():
+        for number in range(count):
+            yield (language, *_pair(source, language, split, number))
+    for language, of_language in source["plain"].items():
+        for question, answer in of_language[split]:
+            yield language, question, answer
+
+
+def _pair(source: dict[str, Any], language: str, split: str, number: int) -> tuple[str, str]:
+    """Two tasks for two tools in one question, and two calls before one answer."""
+    tasks = {name: task for name, task in source["tasks"].items() if language in task}
+    chosen = _pick([*itertools.permutations(SHIPPED, 2)], number, "tools", language, split)
+    names = [_pick([name for name in tasks if tasks[name]["tool"] == tool], number // 7, tool) for tool in chosen]
+    first, second = (_asked(name, tasks[name], source["values"], language, split, 100 + number) for name in names)
+    joints = source["joints"][language]
+    joint = _pick(joints[split], number, "joint", language)
+    asked = second.question if joint.endswith("} {second}") else second.inner
+    question = joint.format(first=_ended(first.question, language), second=_ended(asked, language))
+    answer = joints["answer"].format(first=first.answer, second=second.answer)
+    plan = joints["plan"].format(first=chosen[0], second=chosen[1])
+    return question, f"{plan}{first.call}\n{second.call}\n{answer}"
+
+
+def _ended(question: str, language: str) -> str:
+    return question if question[-1] in ".?!。？！" else question + {"en": ".", "zh": "。"}[language]
+
+
+class _Asked(NamedTuple):
+    """A task's question, the same inside a sentence, its call with its result, and the answer."""
+
+    question: str
+    inner: str
+    call: str
+    answer: str
+
+
+def _asked(name: str, task: dict[str, Any], values: dict[str, Any], language: str, split: str, number: int) -> _Asked:
+    """The `number`-th use of a task. Ends the program where a tool fails, or search does not return the fact of the answer."""
+    drawn: dict[str, Any] = {}
+    for keys, kind in task["values"].items():
+        of_kind = values[kind].get(language, values[kind])[split]
+        if kind in RANGES:
+            of_kind = range(of_kind[0], of_kind[1] + 1, of_kind[2])
+        value = _pick(of_kind, number, name, keys, language)
+        drawn |= zip(keys.split("|"), value if isinstance(value, list) else [value], strict=True)
+    if "the" in drawn:
+        drawn["The"] = drawn["the"][0].upper() + drawn["the"][1:]
+    form = task[language]
+    wording = _pick(form[split], number, name, language)
+    question, inner = (
+        text.format(**drawn)
+        for text in (wording, wording if wording.startswith("I ") else wording[0].lower() + wording[1:])
+    )
+    arguments = {key: text.format(**drawn) for key, text in form.get("arguments", task["arguments"]).items()}
+    result = _result(task["tool"], arguments, moment=f"{language}{question}")
+    if "fact" in drawn and drawn["fact"].removeprefix("about ") not in result:
+        raise SystemExit(f"{question}: {drawn['fact']!r} is not in what search returned: {result!r}")
+    if time := re.search(r"\d\d:\d\d:\d\d", result):
+        drawn["time"] = time[0]
+    if result.startswith("error"):
+        raise SystemExit(f"{question}: {task['tool']} returned {result}")
+    answer = _pick(form["answer"], number, name, "answer").format(**drawn, result=result)
+    made = json.dumps({"api_name": task["tool"], "parameters": arguments}, ensure_ascii=False)
+    call = f"<|startofthink|>```JSON\n{made}\n```<|endofthink|>\n<|startofexec|>```\n{result}\n```<|endofexec|>"
+    return _Asked(question, inner, call, answer)
+
+
+RANGES = ("count", "few", "number", "large", "percent", "amount")
+
+
+def _result(name: str, arguments: dict[str, Any], *, moment: str) -> str:
+    """What a tool says to these arguments; those that its schema wants as numbers become numbers."""
+    for key, schema in SHIPPED[name].parameters["properties"].items():
+        if schema.get("type") == "number":
+            arguments[key] = json.loads(arguments[key])
+    now = FIRST_MOMENT + datetime.timedelta(seconds=int(_hash(moment)[:8], 16) % (300 * 86400))
+
+    class Still(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return now.astimezone(tz)
+
+    tools.datetime = SimpleNamespace(datetime=Still)
+    return _said(name, json.dumps(arguments), moment if name == "clock" else "")
+
+
+@functools.cache
+def _said(name: str, arguments: str, moment: str) -> str:
+    """Each call is made once: the solver starts a process for it."""
+    return tools.run_tool(SHIPPED[name], json.loads(arguments)).text
+
+
+def _row(split: str, number: int, language: str, question: str, written: str) -> dict[str, Any]:
+    listed = [
+        _described(SHIPPED[name], plugin=number % PLUGIN_EVERY == 0)
+        for name in _listed(split, number, question, written)
+    ]
+    numbered = "\n".join(
+        f"{place}. {json.dumps(tool, ensure_ascii=False)}" for place, tool in enumerate(listed, start=1)
+    )
+    turns = [
+        {"from": "system", "value": f"{RULES[language]}\n{numbered}"},
+        {"from": "user", "value": question},
+        {"from": "assistant", "value": written},
+    ]
+    conversations = json.dumps(turns, ensure_ascii=False) if number % TEXT_EVERY == 0 else turns
+    return {"id": f"course_{split}_{number}", "conversations": conversations}
+
+
+def _listed(split: str, number: int, question: str, written: str) -> list[str]:
+    """The tools of a row, in the order of the course: all of them in the test and in every fourth row; elsewhere three, so that
+    the model learns to look which there are. How many there are says nothing of how many are called."""
+    if split == "test" or number % ALL_EVERY == 0:
+        return list(SHIPPED)
+    called = {name for name in SHIPPED if f'"api_name": "{name}"' in written}
+    by_hash = sorted(SHIPPED, key=lambda name: (name not in called, _hash(question, name)))
+    return [name for name in SHIPPED if name in by_hash[:LISTED]]
+
+
+def _described(tool: tools.AgentTool, *, plugin: bool) -> dict[str, Any]:
+    """A tool as MSAgent's system turns list it: parameters as a list, `required` as text."""
+    required = tool.parameters["required"]
+    parameters = [
+        {"name": key} | ({"required": "True"} if key in required else {}) for key in tool.parameters["properties"]
+    ]
+    schema = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"plugin_name": tool.name, "plugin_schema_for_model": schema} if plugin else schema
+
+
+def _pick(options: Sequence[Any], number: int, *key: str) -> Any:
+    """The option of the `number`-th row: all in turn, in an order of the key's own."""
+    return sorted(options, key=lambda option: _hash("|".join(key), str(option)))[number % len(options)]
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    for target in [Path(name) for name in sys.argv[1:]] or TARGETS:
+        lines = (
+            json.dumps(row, ensure_ascii=False) + "\n"
+            for row in rows("test" if target.stem.endswith("_test") else "train")
+        )
+        target.write_text("".join(lines), encoding="utf-8", newline="\n")
