@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -55,31 +54,27 @@ def _turns(source: dict[str, Any], split: str) -> Iterator[tuple[str, str, str]]
             wordings = task.get(language, {}).get(split, [])
             for number in range(len(wordings) * task.get("repeats", {}).get(split, 1)):
                 asked = _asked(name, task, values, language, split, number)
-                opening = (
-                    _pick(source["openings"][language], number, name) if split == "train" and number % 3 == 2 else ""
-                )
-                yield language, opening + asked.question, f"{asked.call}\n{asked.answer}"
-    for language, count in source["pair_rows"][split].items():
-        for number in range(count):
-            yield (language, *_pair(source, language, split, number))
+                yield language, asked.question, f"{asked.call}\n{asked.answer}"
+    for number, pair in enumerate(source["pairs"]):
+        for language, times in source["pair_repeats"][split].items():
+            if all(language in tasks[name] for name in pair):
+                for again in range(times):
+                    place = 100 + number + len(source["pairs"]) * again
+                    yield (language, *_pair(source, pair, language, split, place))
     for language, of_language in source["plain"].items():
         for question, answer in of_language[split]:
             yield language, question, answer
 
 
-def _pair(source: dict[str, Any], language: str, split: str, number: int) -> tuple[str, str]:
-    """Two tasks for two tools in one question, and two calls before one answer."""
-    tasks = {name: task for name, task in source["tasks"].items() if language in task}
-    chosen = _pick([*itertools.permutations(SHIPPED, 2)], number, "tools", language, split)
-    names = [_pick([name for name in tasks if tasks[name]["tool"] == tool], number // 7, tool) for tool in chosen]
-    first, second = (_asked(name, tasks[name], source["values"], language, split, 100 + number) for name in names)
+def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str, number: int) -> tuple[str, str]:
+    """Two tasks in one question, and two calls before one answer."""
+    first, second = (_asked(name, source["tasks"][name], source["values"], language, split, number) for name in pair)
     joints = source["joints"][language]
-    joint = _pick(joints[split], number, "joint", language)
+    joint = _pick(joints[split], number, "joint", *pair)
     asked = second.question if joint.endswith("} {second}") else second.inner
     question = joint.format(first=_ended(first.question, language), second=_ended(asked, language))
     answer = joints["answer"].format(first=first.answer, second=second.answer)
-    plan = joints["plan"].format(first=chosen[0], second=chosen[1])
-    return question, f"{plan}{first.call}\n{second.call}\n{answer}"
+    return question, f"{first.call}\n{second.call}\n{answer}"
 
 
 def _ended(question: str, language: str) -> str:
