@@ -29,6 +29,17 @@ def read_record(adapter: str | Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def recorded_template(adapter: str | Path | None, asked: str = "auto") -> str:
+    """The template that was asked for, or for "auto" the one that an adapter was trained with; "auto" where none says one."""
+    return asked if asked != "auto" or adapter is None else read_record(adapter).get("template", "auto")
+
+
+def recorded_protocol(model: str, adapter: str | Path | None = None) -> str:
+    """The protocol that a model or an adapter was trained with, as its record says; "auto" where none does."""
+    records = [read_record(folder) for folder in (adapter, model) if folder and Path(folder).is_dir()]
+    return next((record["protocol"] for record in records if record.get("protocol")), "auto")
+
+
 def base_fingerprint(folder: str | Path) -> str:
     """Return 16 hex digits that identify a base model, however its weights are saved (float32, bfloat16, float16; any sharding).
 

@@ -44,13 +44,13 @@ def chat_as_agent(
     once: str | None,
 ) -> None:
     """Chat with an agent; wrong options are told before the model is loaded."""
+    from course_lib.adapter_record import recorded_protocol
     from course_lib.agent.runner import agent_of
     from course_lib.agent.terminal import (
         agent_once,
         agent_terminal,
         check_options,
         open_tools,
-        recorded_protocol,
     )
 
     check_options(protocol, max_turns)

@@ -39,7 +39,7 @@ def chat(
     max_turns: TurnsOption = 8,
 ) -> None:
     """Talk to a model: streams its answers; reads questions from standard input where that is no terminal."""
-    from course_lib.adapter_record import read_record
+    from course_lib.adapter_record import recorded_template
     from course_lib.chat.session import ChatSession, SamplingSettings
     from course_lib.chat.terminal import answer_once, chat_terminal
 
@@ -59,8 +59,7 @@ def chat(
         from course_lib.models import load_model
 
         loaded, tokenizer = load_model(model, dtype=dtypes[bits], adapter=adapter, trust_remote_code=trust_remote_code)
-        of_adapter = read_record(adapter).get("template", "auto") if adapter is not None else "auto"
-        trained_with = of_adapter if template == "auto" else template
+        trained_with = recorded_template(adapter, template)
         return ChatSession(loaded, tokenizer, template=trained_with, system=system, sampling=sampling)
 
     if agent:

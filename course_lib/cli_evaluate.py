@@ -52,10 +52,9 @@ def evaluate(
 
     Of rows with tools every call and every answer is asked for, each after all turns before it.
     """
-    from course_lib.adapter_record import check_adapter, read_record
+    from course_lib.adapter_record import check_adapter, recorded_protocol, recorded_template
     from course_lib.agent.evaluation import step_table
     from course_lib.agent.protocol import choose_protocol
-    from course_lib.agent.terminal import recorded_protocol
     from course_lib.comparison import compare
     from course_lib.data.dataset import read_conversations
     from course_lib.evaluation import evaluate, evaluate_general_knowledge
@@ -77,7 +76,7 @@ def evaluate(
             check_adapter(with_adapter, folder)
     held_out: dict[str, Evaluation] = {}
     general: dict[str, Evaluation] = {}
-    chosen = template if template != "auto" or adapter is None else read_record(adapter).get("template", "auto")
+    chosen = recorded_template(adapter, template)
     if protocol == "auto" and (protocol := recorded_protocol(model, adapter)) == "auto":
         protocol = settings.protocol
     for name, (base, with_adapter) in sides.items():

@@ -49,7 +49,7 @@ def serve(
         raise InputError(f"--bits {bits}: choose 4 or 8")
     api_key = _checked_key(api_key)
     listen = _import_listen()
-    from course_lib.adapter_record import check_adapter, read_record
+    from course_lib.adapter_record import check_adapter, recorded_template
     from course_lib.data.templates import named_template
     from course_lib.models import model_folder
 
@@ -63,7 +63,7 @@ def serve(
     if adapter is not None:
         check_adapter(adapter, folder)
         name = f"{name}+{adapter.resolve().name}"
-        template = read_record(adapter).get("template", "auto") if template == "auto" else template
+        template = recorded_template(adapter, template)
     if template != "auto":
         named_template(template)  # it exists, before a large model is loaded
     if engine == "vllm":

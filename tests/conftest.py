@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from course_runner import Course, Result
@@ -62,6 +62,22 @@ def embedded(course_home: Path) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(folder)
     return link
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path) -> Any:
+    """The tokenizer of the tiny model: a token is one byte, save for the special ones."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer(embedded: Path) -> Any:
+    """The tokenizer of the embedded model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(embedded)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from course_lib.agent.events import Answered, Called, Ended, Event, Malformed, R
 from course_lib.agent.protocol import AgentProtocol, choose_protocol
 from course_lib.agent.tools import AgentTool, Outcome, run_tool
 from course_lib.agent.turns import Turn, malformed, numbered, what_is_wrong, write_arguments
+from course_lib.chat.history import system_text, take_back_question
 from course_lib.data.conversation import Conversation, Message, RowError, ToolCall
 from course_lib.errors import CourseError, InputError
 from course_lib.files import file_to_write, write_text
@@ -128,17 +129,12 @@ class AgentRunner:
             CourseError: another thread is reading the events of a question.
         """
         self._close_unfinished()
-        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise InputError("nothing to take back, for nothing was asked yet")
-        question = self.messages[asked[-1]]["content"]
-        del self.messages[asked[-1] :]
-        return question
+        return take_back_question(self.messages)
 
     @property
     def system(self) -> str:
         """The system turn's text, empty when there is none."""
-        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else ""
+        return system_text(self.messages)
 
     @property
     def trace(self) -> Conversation:

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
-from course_lib.adapter_record import read_record
 from course_lib.agent.events import Answered, Called, Ended, Malformed, Returned, Thought, Words
 from course_lib.agent.isolation import isolation_in_force
 from course_lib.agent.mcp_tools import McpServer
@@ -37,12 +35,6 @@ def open_tools(names: str | None, mcp_commands: Sequence[str] = ()) -> Iterator[
             *shipped_tools(chosen),
             *(tool for command in mcp_commands for tool in servers.enter_context(McpServer(command)).tools),
         ]
-
-
-def recorded_protocol(model: str, adapter: str | Path | None = None) -> str:
-    """The protocol that a model or an adapter was trained with, as its record says; "auto" where none does."""
-    records = [read_record(folder) for folder in (adapter, model) if folder and Path(folder).is_dir()]
-    return next((record["protocol"] for record in records if record.get("protocol")), "auto")
 
 
 def agent_terminal(

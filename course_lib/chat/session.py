@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from course_lib.chat.generation import Ending, Generation, SamplingSettings, stop_ids
+from course_lib.chat.history import system_text, take_back_question
 from course_lib.data.conversation import Conversation, Message, RowError, Tool
 from course_lib.data.templates import choose_template
 from course_lib.data.tokenize import encode_prompt
@@ -149,12 +150,7 @@ class ChatSession:
             CourseError: another thread is reading an answer of this session.
         """
         self._close_unfinished()
-        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise InputError("nothing to take back, for nothing was asked yet")
-        question = self.messages[asked[-1]]["content"]
-        del self.messages[asked[-1] :]
-        return question
+        return take_back_question(self.messages)
 
     @property
     def new_tokens(self) -> int:
@@ -164,7 +160,7 @@ class ChatSession:
     @property
     def system(self) -> str:
         """The system turn's text, empty when there is none."""
-        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else ""
+        return system_text(self.messages)
 
     def save(self, path: str | Path) -> Path:
         """Write the whole conversation, turns that no longer fit into the context included, as one `messages` row of a JSONL file.

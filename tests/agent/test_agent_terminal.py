@@ -12,10 +12,11 @@ import pytest
 from course_runner import Course
 from scripted import Script, model_writes, steps
 
+from course_lib.adapter_record import recorded_protocol
 from course_lib.agent.protocol import choose_protocol
 from course_lib.agent.react import ENGLISH
 from course_lib.agent.runner import AgentRunner, agent_of
-from course_lib.agent.terminal import agent_once, agent_terminal, open_tools, recorded_protocol
+from course_lib.agent.terminal import agent_once, agent_terminal, open_tools
 from course_lib.agent.tools import shipped_tools, tool_from
 from course_lib.chat.session import ChatSession
 from course_lib.errors import CourseError, InputError

@@ -550,7 +550,7 @@ def test_a_named_template_goes_along_into_the_merged_model(tiny: Path, tmp_path:
 
 
 def test_the_protocol_of_an_agent_goes_along_into_the_merged_model(tiny: Path, tmp_path: Path) -> None:
-    from course_lib.agent.terminal import recorded_protocol
+    from course_lib.adapter_record import recorded_protocol
 
     adapter = make_adapter(tiny, tmp_path / "adapter", record={"dtype": "float32", "protocol": "react_brief"})
     assert recorded_protocol(str(merge(tiny, adapter, tmp_path / "merged"))) == "react_brief"

@@ -1,18 +1,9 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny: Path) -> Any:
-    """The tokenizer of the tiny model: a token is one byte, save for the special ones."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny)
 
 
 class _Reader(HTMLParser):
