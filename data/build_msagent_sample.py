@@ -52,7 +52,8 @@ def _turns(source: dict[str, Any], split: str) -> Iterator[tuple[str, str, str]]
     for name, task in tasks.items():
         for language in ("en", "zh"):
             wordings = task.get(language, {}).get(split, [])
-            for number in range(len(wordings) * task.get("repeats", {}).get(split, 1)):
+            repeats = task.get("repeats", {}).get(split, 1)
+            for number in range(len(wordings) * (repeats[language] if isinstance(repeats, dict) else repeats)):
                 asked = _asked(name, task, values, language, split, number)
                 yield language, asked.question, f"{asked.call}\n{asked.answer}"
     for number, pair in enumerate(source["pairs"]):
