@@ -59,12 +59,18 @@ def look(adapter: str = "", server: str = "", *, private: bool = False) -> dict[
         if not address:
             continue
         try:
-            found[what] = Finding(address, True, seen(address, private))
+            good, says = True, seen(address, private)
         except (CheckFailed, CourseError) as error:
-            found[what] = Finding(address, False, " ".join(str(error).split()))
+            good, says = False, str(error)
         except Exception as error:  # what strangers answer must not stop the others' turn
-            found[what] = Finding(address, False, f"what came cannot be made sense of ({type(error).__name__})")
+            good, says = False, f"what came cannot be made sense of ({type(error).__name__})"
+        found[what] = Finding(_line(address), good, _line(says))
     return found
+
+
+def _line(text: str) -> str:
+    """Strangers' text on one line, with nothing in it that a terminal obeys."""
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))[:300]
 
 
 def addresses(notebook: NotebookNode) -> dict[str, str]:
@@ -142,7 +148,7 @@ def _adapter(address: str, private: bool) -> str:
         fail("adapter_config.json names a base that others do not have: it should be a repository", short(base))
     card(text.decode(errors="replace"), base)
     tensors, size = _weights(file)
-    return f"{name}: {config['peft_type']} on {base}, {tensors} tensors, {size / 1e6:.1f} MB, with its card"[:200]
+    return f"{name}: {config['peft_type']} on {base}, {tensors} tensors, {size / 1e6:.1f} MB, with its card"
 
 
 def _weights(file: Callable[..., Answer]) -> tuple[int, int]:

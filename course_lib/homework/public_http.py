@@ -30,12 +30,11 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as a network wit
 
 @dataclass(frozen=True)
 class Answer:
-    """`body` has at most as many bytes as were wanted; `cut` says that there are more. Names of `headers` are in small letters."""
+    """`body` has at most as many bytes as were wanted. Names of `headers` are in small letters."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
-    cut: bool
 
 
 def fetch(
@@ -117,9 +116,8 @@ def _ask(url: str, post: bytes | None, headers: dict[str, str], most: int, ends:
             connection.sock = _Timed(stream, ends)
             connection.request("GET" if post is None else "POST", path, body=post, headers=headers)
             response = connection.getresponse()
-            body = response.read(most)
-            cut = len(body) == most and response.read(1) != b""
-            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, body, cut)
+            told = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, told, response.read(most))
 
 
 def _connect(host: str, port: int, ends: float, private: bool) -> socket.socket:

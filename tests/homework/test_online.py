@@ -6,6 +6,8 @@ import csv
 import json
 import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +68,7 @@ def server(address: str) -> Finding:
 
 
 @contextmanager
-def answering(answer: Callable[[BaseHTTPRequestHandler], object]) -> Iterator[str]:
+def answering(answer: Callable[[BaseHTTPRequestHandler], object], tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """A web server that answers every request so."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -80,6 +82,8 @@ def answering(answer: Callable[[BaseHTTPRequestHandler], object]) -> Iterator[st
             pass
 
     started = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        started.socket = tls.wrap_socket(started.socket, server_side=True)
     started.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hung up is no news
     threading.Thread(target=started.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"http://127.0.0.1:{started.server_port}"
@@ -164,6 +168,14 @@ def test_what_is_wrong_with_a_repository_is_one_line(name: str, hub: Hub) -> Non
     assert says in found.says
     assert "\n" not in found.says
     assert TOKEN not in found.says
+
+
+def test_nothing_that_a_terminal_obeys_is_shown(hub: Hub) -> None:
+    files = hub.repositories["models/ada/pip"].files
+    files["adapter_config.json"] = json.dumps({**CONFIG, "peft_type": "\x1b[2JLORA\n"}).encode()
+    assert adapter(f"{hub.url}/ada/pip").says.startswith("ada/pip: ?[2JLORA on")
+    with answering(lambda handler: handler.wfile.write(b"\x1b[2J HTTP/9\r\n\r\n")) as url:
+        assert "\x1b" not in server(url).says
 
 
 @pytest.mark.parametrize(
@@ -253,10 +265,30 @@ def test_redirects_in_a_circle_slow_and_endless_answers_end() -> None:
             fetch(url, private=True, seconds=0.4)
         assert time.monotonic() - started < 2
     with answering(endless) as url:
-        answer = fetch(url, private=True, most=1000)
-        assert (len(answer.body), answer.cut) == (1000, True)
+        assert len(fetch(url, private=True, most=1000).body) == 1000
     with pytest.raises(InputError, match="no server's address"), answering(replying(302, Location="file:///x")) as url:
         fetch(url, private=True)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="a certificate is made with openssl")
+def test_https_is_read_where_the_certificate_is_trusted_and_named_for_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate)]
+    made += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(made, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with answering(replying(200, b"safe"), context) as url:
+        url = url.replace("http://", "https://")
+        named = url.replace("127.0.0.1", "localhost")
+        with pytest.raises(CourseError, match="localhost: its certificate is not trusted"):
+            fetch(named, private=True)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert fetch(named, private=True).body == b"safe"
+        with pytest.raises(CourseError, match=r"127\.0\.0\.1: its certificate is not trusted"):
+            fetch(url, private=True)
 
 
 def test_a_real_server_is_asked_who_it_is(tiny: Path) -> None:
