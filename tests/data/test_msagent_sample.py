@@ -24,9 +24,17 @@ LARGEST = 560_000  # bytes of a file
 
 
 def conversations(name: str) -> list[Conversation]:
+    """One a question: what is said up to the next question, with the row's tools."""
     found = [outcome for _, _, outcome, _ in converted_rows(enumerate(sample_rows(name), 1), row_format="msagent")]
     assert all(isinstance(one, dict) for one in found)
-    return found
+    out: list[Conversation] = []
+    for row in found:
+        assert row["messages"][0]["role"] == "user"
+        for message in row["messages"]:
+            if message["role"] == "user":
+                out.append({"messages": [], "tools": row["tools"]})
+            out[-1]["messages"].append(message)
+    return out
 
 
 def calls(row: Conversation) -> list[dict[str, Any]]:
@@ -55,6 +63,18 @@ def test_rows_are_of_every_kind_in_two_languages_and_small(name: str) -> None:
     assert set(kinds) == {(chinese, count) for chinese in (False, True) for count in (0, 1, 2)}
     assert min(kinds.values()) >= 6
     assert {call["name"] for row in rows for call in calls(row)} == {tool.name for tool in shipped_tools()}
+
+
+def test_the_sample_has_three_questions_a_row_and_the_test_one() -> None:
+    questions = [
+        Counter(
+            sum(turn["role"] == "user" for turn in row["messages"])
+            for _, _, row, _ in converted_rows(enumerate(sample_rows(name), 1), row_format="msagent")
+        )
+        for name in FILES
+    ]
+    assert set(questions[1]) == {1}
+    assert questions[0].total() - questions[0][3] <= 2  # the last of each language may have fewer
 
 
 def test_no_question_wording_or_call_of_the_test_is_trained() -> None:
