@@ -20,6 +20,9 @@ FolderOption = Annotated[Path, typer.Option("--folder", help="the course folder,
 StudentsOption = Annotated[
     list[str] | None, typer.Option("--student", help="only this student; may be given several times")
 ]
+PrivateOption = Annotated[
+    bool, typer.Option("--allow-private", help="look at addresses of this machine and its network, too")
+]
 COURSE = Path("notebooks/homework")
 
 
@@ -108,9 +111,45 @@ def report(
     assignment: str,
     folder: FolderOption = COURSE,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="look first at the addresses in the submissions, from this machine")
+    ] = False,
+    private: PrivateOption = False,
 ) -> None:
     """Points of everybody, and grades/ASSIGNMENT.csv."""
+    if online:
+        _look(assignment, folder, private=private)
     _report(assignment, folder, as_json=as_json)
+
+
+@homework_app.command()
+def check_url(
+    adapter: Annotated[str, typer.Option(help="owner/name on the Hub, or the address of the repository")] = "",
+    server: Annotated[str, typer.Option(help="address of an app, or of an OpenAI-compatible server")] = "",
+    private: PrivateOption = False,
+) -> None:
+    """Is it there for others: a published adapter, a running app or server? Exit status 1 where it is not."""
+    from course_lib.homework.online import look
+
+    found = look(adapter, server, private=private)
+    if not found:
+        raise InputError("no address is given: name one with --adapter or --server")
+    for what, finding in found.items():
+        print(f"{what:8} {'ok' if finding.good else 'not yet':8} {finding.says}")
+    if not all(finding.good for finding in found.values()):
+        raise typer.Exit(1)
+
+
+def _look(assignment: str, folder: Path, *, private: bool) -> None:
+    from course_lib.homework import grading, online
+
+    api = grading.open_course(folder)
+    given = grading.submitted_addresses(api, assignment)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("addresses", total=len(given))
+        online.look_at_class(
+            Path(api.coursedir.root), assignment, given, private=private, done=lambda student: progress.advance(task)
+        )
 
 
 def _report(assignment: str, folder: Path, *, as_json: bool = False) -> None:
@@ -126,12 +165,15 @@ def _report(assignment: str, folder: Path, *, as_json: bool = False) -> None:
         print(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("student", "points", "of", "to mark", "remarks"):
+    texts = ["online", "remarks"] if any(row.online for row in rows) else ["remarks"]
+    for column in ("student", "points", "of", "to mark", *texts):
         table.add_column(
-            column, no_wrap=column != "remarks", justify="left" if column in ("student", "remarks") else "right"
+            column, no_wrap=column not in texts, justify="left" if column in ("student", *texts) else "right"
         )
     for row in rows:
-        table.add_row(row.student, f"{row.score:g}", f"{row.max_score:g}", f"{row.to_mark:g}", "; ".join(row.remarks))
+        online = "\n".join(f"{what} {found}" for what, found in row.online.items())
+        said = [online, "; ".join(row.remarks)][-len(texts) :]
+        table.add_row(row.student, f"{row.score:g}", f"{row.max_score:g}", f"{row.to_mark:g}", *said)
     console = Console(width=140)
     console.print(table, markup=False)
     print(path)

@@ -3,8 +3,9 @@
     python data/build_msagent_sample.py [OUT …]
 
 Every result in a row is what the course's tool returned when it was called, offline, and every answer is made of it. The clock
-stands at a moment of the row's own. A file whose name ends in `_test` gets the wordings and the values kept for the test. Rows are
-put into the order of a hash, so that tools and languages are mixed.
+stands at a moment of the row's own. A file whose name ends in `_test` gets the wordings and the values kept for the test. Questions are
+put into the order of a hash, so that tools and languages are mixed. In the sample three of one language make a conversation: its
+system turn is read once for all three. In the test each stands alone, as the first question of a chat does.
 """
 
 from __future__ import annotations
@@ -36,34 +37,55 @@ RULES = {
 }
 PLUGIN_EVERY, TEXT_EVERY = 5, 8  # rows with the tools in MSAgent's other form, and with the conversation as text
 ALL_EVERY, LISTED = 4, 3
+QUESTIONS = {"train": 540, "test": None}  # four minutes of training on two cores
+A_ROW = {"train": 3, "test": 1}
 FIRST_MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 
 def rows(split: str) -> list[dict[str, Any]]:
     """All rows of `train` or `test`, in the order of the file."""
     source = yaml.safe_load((FOLDER / "source" / "tool_questions.yaml").read_text(encoding="utf-8"))
-    made = sorted(_turns(source, split), key=lambda row: _hash(row[1]))
-    return [_row(split, number, *row) for number, row in enumerate(made, start=1)]
+    asked = {turn.question: turn for turn in _turns(source, split)}
+    mixed = sorted(asked.values(), key=lambda turn: _hash(turn.question))[: QUESTIONS[split]]
+    rows: list[list[_Turn]] = []
+    of_language: dict[str, list[_Turn]] = {}
+    for turn in mixed:
+        row = of_language.setdefault(turn.language, [])
+        if not row:
+            rows.append(row)
+        row.append(turn)
+        if len(row) == A_ROW[split]:
+            del of_language[turn.language]
+    return [_row(split, number, row) for number, row in enumerate(rows, start=1)]
 
 
-def _turns(source: dict[str, Any], split: str) -> Iterator[tuple[str, str, str]]:
-    """(language, question, what the assistant writes) of every row."""
+class _Turn(NamedTuple):
+    """A question, and what the assistant writes, calls and results among it."""
+
+    language: str
+    question: str
+    written: str
+
+
+def _turns(source: dict[str, Any], split: str) -> Iterator[_Turn]:
+    """Every question that the source makes, some of them twice."""
     tasks, values = source["tasks"], source["values"]
     for name, task in tasks.items():
         for language in ("en", "zh"):
             wordings = task.get(language, {}).get(split, [])
-            for number in range(len(wordings) * task.get("repeats", {}).get(split, 1)):
+            repeats = task.get("repeats", {}).get(split, 1)
+            for number in range(len(wordings) * (repeats[language] if isinstance(repeats, dict) else repeats)):
                 asked = _asked(name, task, values, language, split, number)
-                yield language, asked.question, f"{asked.call}\n{asked.answer}"
+                yield _Turn(language, asked.question, f"{asked.call}\n{asked.answer}")
     for number, pair in enumerate(source["pairs"]):
         for language, times in source["pair_repeats"][split].items():
             if all(language in tasks[name] for name in pair):
                 for again in range(times):
                     place = 100 + number + len(source["pairs"]) * again
-                    yield (language, *_pair(source, pair, language, split, place))
+                    yield _Turn(language, *_pair(source, pair, language, split, place))
     for language, of_language in source["plain"].items():
         for question, answer in of_language[split]:
-            yield language, question, answer
+            yield _Turn(language, question, answer)
 
 
 def _pair(source: dict[str, Any], pair: Sequence[str], language: str, split: str, number: int) -> tuple[str, str]:
@@ -146,31 +168,26 @@ def _said(name: str, arguments: str, moment: str) -> str:
     return tools.run_tool(SHIPPED[name], json.loads(arguments)).text
 
 
-def _row(split: str, number: int, language: str, question: str, written: str) -> dict[str, Any]:
-    listed = [
-        _described(SHIPPED[name], plugin=number % PLUGIN_EVERY == 0)
-        for name in _listed(split, number, question, written)
-    ]
+def _row(split: str, number: int, asked: Sequence[_Turn]) -> dict[str, Any]:
+    wanted = {name for turn in asked for name in _listed(split, number, turn)}
+    listed = [_described(tool, plugin=number % PLUGIN_EVERY == 0) for name, tool in SHIPPED.items() if name in wanted]
     numbered = "\n".join(
         f"{place}. {json.dumps(tool, ensure_ascii=False)}" for place, tool in enumerate(listed, start=1)
     )
-    turns = [
-        {"from": "system", "value": f"{RULES[language]}\n{numbered}"},
-        {"from": "user", "value": question},
-        {"from": "assistant", "value": written},
-    ]
+    turns = [{"from": "system", "value": f"{RULES[asked[0].language]}\n{numbered}"}]
+    for turn in asked:
+        turns += [{"from": "user", "value": turn.question}, {"from": "assistant", "value": turn.written}]
     conversations = json.dumps(turns, ensure_ascii=False) if number % TEXT_EVERY == 0 else turns
     return {"id": f"course_{split}_{number}", "conversations": conversations}
 
 
-def _listed(split: str, number: int, question: str, written: str) -> list[str]:
-    """The tools of a row, in the order of the course: all of them in the test and in every fourth row; elsewhere three, so that
-    the model learns to look which there are. How many there are says nothing of how many are called."""
+def _listed(split: str, number: int, asked: _Turn) -> list[str]:
+    """The tools that a row lists for a question: all of them in the test and in every fourth row; elsewhere three, so that the
+    model learns to look which there are. How many there are says nothing of how many are called."""
     if split == "test" or number % ALL_EVERY == 0:
         return list(SHIPPED)
-    called = {name for name in SHIPPED if f'"api_name": "{name}"' in written}
-    by_hash = sorted(SHIPPED, key=lambda name: (name not in called, _hash(question, name)))
-    return [name for name in SHIPPED if name in by_hash[:LISTED]]
+    called = {name for name in SHIPPED if f'"api_name": "{name}"' in asked.written}
+    return sorted(SHIPPED, key=lambda name: (name not in called, _hash(asked.question, name)))[:LISTED]
 
 
 def _described(tool: tools.AgentTool, *, plugin: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: what huggingface_hub asks of one when it uploads, with faults on demand.
+"""A Hugging Face Hub on this machine: what huggingface_hub asks of one when it uploads, what others read there, with faults on demand.
 
 Protocol: huggingface_hub's _commit_api.py and lfs.py; git-lfs's batch API
 (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md).
@@ -82,10 +82,21 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if isinstance(fault, int):
             self._reply(fault, {"error": "told to fail"})
-        elif not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        elif not self._open(path) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._reply(401, {"error": "Invalid username or password."})
+        elif self.command == "GET" and (match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/main/(.+)", path)):
+            self._send_file(self.hub.repositories[f"models/{match[1]}"], match[2])
+        elif self.command == "GET" and (match := re.fullmatch(r"/lfs/(\w+)", path)):
+            self._send(self.hub.stored[match[1]])
         else:
             self._route(path, body)
+
+    def _open(self, path: str) -> bool:
+        """Whether it is shown to everybody: LFS, whose addresses are secrets, and what is read of a public repository."""
+        match = re.match(r"(?:/api/models)?/([\w.-]+/[\w.-]+)(?:/resolve/|/revision/|$)", path)
+        repository = self.hub.repositories.get(f"models/{match[1]}") if match else None
+        public = repository is not None and not repository.private
+        return path.startswith("/lfs/") or (self.command == "GET" and public)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -104,6 +115,24 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, text)
         self.end_headers()
         self.wfile.write(body)
+
+    def _send_file(self, repository: Repository, name: str) -> None:
+        if (content := repository.files.get(name)) is None:
+            self._reply(404, {"error": "Entry not found"}, **{"X-Error-Code": "EntryNotFound"})
+        elif (oid := hashlib.sha256(content).hexdigest()) in self.hub.stored:
+            self._reply(302, Location=f"{self.hub.url}/lfs/{oid}")
+        else:
+            self._send(content)
+
+    def _send(self, content: bytes) -> None:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        part = content[int(wanted[1]) : int(wanted[2]) + 1] if wanted else content
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
 
     def _route(self, path: str, body: bytes) -> None:
         hub = self.hub
@@ -149,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
             return
         sha = f"{len(self.hub.repositories[name].commits):040x}"
-        self._reply(200, {"id": name.split("/", 1)[1], "sha": sha, "siblings": []})
+        siblings = [{"rfilename": file} for file in sorted(self.hub.repositories[name].files)]
+        self._reply(200, {"id": name.split("/", 1)[1], "sha": sha, "siblings": siblings})
 
     def _modes(self, repository: Repository, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
         answers = []

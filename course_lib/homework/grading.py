@@ -23,6 +23,7 @@ import nbformat
 
 from course_lib.errors import CourseError, InputError, did_you_mean
 from course_lib.files import write_text
+from course_lib.homework.online import addresses
 from course_lib.homework.seeds import seed_line, seeds_file, student_seed
 
 if TYPE_CHECKING:
@@ -137,6 +138,16 @@ def to_grade(api: NbGraderAPI, assignment: str, students: Sequence[str] = ()) ->
         there = ", ".join(submitted) or "none"
         raise InputError(f"{', '.join(missing)}: handed in nothing for {assignment}; there are {there}")
     return list(students) or submitted
+
+
+def submitted_addresses(api: NbGraderAPI, assignment: str) -> dict[str, dict[str, str]]:
+    """The students whose submissions name an address of theirs, and which."""
+    root, given = Path(api.coursedir.root), {}
+    for student in to_grade(api, assignment):
+        for path in sorted((root / "submitted" / student / assignment).glob("*.ipynb")):
+            if not _unreadable(path) and (found := addresses(nbformat.read(path, as_version=4))):
+                given[student] = found
+    return given
 
 
 def autograde(

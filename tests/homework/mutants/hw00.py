@@ -1,0 +1,118 @@
+"""Plausible wrong answers to homework 00, and what the check must say of them."""
+
+MUTANTS = {
+    "tokens": [
+        ("a mark is cut", "in PIECES if", "in PIECES[:-2] if"),
+        ("a longer piece fits", "max(fitting, key=len)", "fitting[0]"),
+        ("a longer piece fits", "longest = max(fitting, key=len)", "longest = max(fitting, key=PIECES.index)"),
+        ("spaces are lost", "    ids = []", "    ids, text = [], text.replace(' ', '')"),
+        ("capital letters are lost", "    ids = []", "    ids, text = [], text.lower()"),
+        ("the end of the text is lost", "return ids", "return ids[:-1]"),
+        ("to another text", "return ids", "return [PIECES.index('<|im_start|>'), *ids]"),
+        ("a list of ids is wanted", "ids.append(PIECES.index(longest))", "ids.append(longest)"),
+    ],
+    "prompt": [
+        ("there is no system turn", '[{"role": "system", "content": SYSTEM}, *messages]', "messages"),
+        ("not a second one", "messages if own else ", ""),
+        ("has no memory", "*messages]", "messages[-1]]"),
+        ("not end where the answer begins", ' + "<|im_start|>assistant\\n"', ""),
+        ("every turn ends", "<|im_end|>", ""),
+        ("a content was changed", "{turn['content']}", "{turn['content'].strip()}"),
+        ("is changed", "    own =", '    messages.append({"role": "assistant", "content": ""})\n    own ='),
+        ("the turns are not those", "{turn['role']}", "{'user' if turn['role'] == 'assistant' else turn['role']}"),
+        (
+            "system turn comes first",
+            "SYSTEM}, *messages]",
+            "SYSTEM}]\n    turns = turns if own else [*messages, *turns]",
+        ),
+    ],
+    "softmax": [
+        ("the wrong way", "/ temperature", "* temperature"),
+        ("changes nothing", " / temperature", ""),
+        (
+            "the logits are, before they become",
+            "def probabilities(logits, temperature):\n    powers = [math.exp(one - max(logits)) for one in logits]\n"
+            "    return [one / sum(powers) / temperature for one in powers]",
+        ),
+        ("larger than a computer's number holds", "(logit - largest)", "logit"),
+        ("it is 1", "power / sum(powers)", "power"),
+        ("they add up to", "power / sum(powers)", "power / max(powers)"),
+        ("in proportion to e", "math.exp((logit - largest) / temperature)", "2 ** ((logit - largest) / temperature)"),
+        (
+            "a probability is below 0",
+            "def probabilities(logits, temperature):\n    return [one / sum(logits) for one in logits]",
+        ),
+    ],
+    "greedy": [
+        (
+            "a stop token ends the answer",
+            "if token in stop_ids:\n            break\n        answer.append(token)",
+            "answer.append(token)\n        if token in stop_ids:\n            break",
+        ),
+        ("a stop token ends the answer", "token in stop_ids", "token == stop_ids[-1]"),
+        ("are the limit", "len(answer) < limit", "len(answer) <= limit"),
+        ("does not end", "len(answer) < limit", "True"),
+        ("no memory of its own", "model(ids + answer)", "model(ids + answer[-1:])"),
+        ("no memory of its own", "model(ids + answer)", "model(answer or ids)"),
+        ("the prompt is in the answer", "return answer", "return ids + answer"),
+        ("are changed", "    answer = []", "    answer = ids"),
+        ("than the likeliest", "max(likely)", "min(likely)"),
+        ("it ends too early", "return answer", "return answer[:2]"),
+    ],
+    "dice": [
+        ("greedy decoding", "def choose_token(likely, roll):\n    return likely.index(max(likely))"),
+        ("equally likely", "def choose_token(likely, roll):\n    return int(roll * len(likely))"),
+        ("probability 0", "roll < end", "roll <= end"),
+        ("returns nothing", "    return max(token for token, probability in enumerate(likely) if probability > 0)", ""),
+        (
+            "probability 0",
+            "max(token for token, probability in enumerate(likely) if probability > 0)",
+            "len(likely) - 1",
+        ),
+        ("on another token", "end += probability", "end = probability"),
+        ("the number of a token", "return token", "return probability"),
+    ],
+    "surprise": [
+        ("product of their probabilities", "math.prod(", "sum("),
+        (
+            "all of them must be chosen",
+            "whole = math.prod(probability for piece, probability in steps)",
+            "whole = sum(probability for piece, probability in steps) / len(steps)",
+        ),
+        ("the stop token is left out", "in steps)\nloss", "in steps[:-1])\nloss"),
+        ("a model is trained to end", "steps) / len(steps)", "steps[:-1]) / (len(steps) - 1)"),
+        ("this is the sum", " / len(steps)", ""),
+        ("the sign is wrong", "sum(-math.log", "sum(math.log"),
+        ("another logarithm", "-math.log(", "-math.log2("),
+        ("another logarithm", "-math.log(", "-math.log10("),
+        (
+            "the logarithm of each",
+            "sum(-math.log(probability) for piece, probability in steps) / len(steps)",
+            "-math.log(sum(probability for piece, probability in steps) / len(steps))",
+        ),
+        ("take their logarithms", "sum(-math.log(probability)", "sum(probability"),
+        ("where every token had it", "math.log(49_152)", "1 / 49_152"),
+    ],
+    "before": [
+        (
+            "notebook 00's simple check",
+            'any(re.search(rf"\\b{word}\\b", said, re.IGNORECASE) for',
+            "any(word in said for",
+        ),
+        (
+            "inside another word",
+            'any(re.search(rf"\\b{word}\\b", said, re.IGNORECASE) for',
+            "any(word.lower() in said.lower() for",
+        ),
+        ("capital letters count", ", re.IGNORECASE", ""),
+        (
+            "another mark behind it",
+            're.search(rf"\\b{word}\\b", said, re.IGNORECASE)',
+            "word.lower() in said.lower().split()",
+        ),
+        ("were gained", "if was and not now", "if now and not was"),
+        ("some were wrong before", "if was and not now", "if not now"),
+        ("compare them one by one", "if was and not now", "if before > after"),
+        ("lost is a list of questions", "lost = [row", "lost = 3\nunused = [row"),
+    ],
+}
