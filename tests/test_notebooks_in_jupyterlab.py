@@ -1,4 +1,4 @@
-"""Run All Cells on every notebook, in a real JupyterLab in a real browser, at tiny scale: no cell raises, every widget draws."""
+"""Run All Cells on every notebook, in a real JupyterLab in a real browser, at tiny scale: no cell raises, every widget draws, a chat answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from lab_in_browser import JupyterLab, new_page, run_all
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.notebook]
 ROOT = Path(__file__).parents[1]
@@ -36,3 +36,22 @@ def test_run_all_cells_ends_without_an_error(lab: JupyterLab, browser: Browser, 
         lab.open(page, f"notebooks/{path.name}")
         run_all(page, seconds=500)
         assert page.locator(".jp-OutputArea-output:has-text('Error displaying widget')").count() == 0
+        if "ChatWidget(" in path.read_text(encoding="utf-8"):
+            ask_the_chat(page)
+
+
+def ask_the_chat(page: Page) -> None:
+    """The question that the notebook's code asked is there with its answers; one typed into the box is answered too."""
+    from playwright.sync_api import expect
+
+    chat = page.locator(".course-chat")
+    turns = chat.locator(".course-chat-turns > li")
+    expect(turns).to_have_count(1)
+    box = chat.locator(".course-chat-ask textarea")
+    box.fill("And what is your name?")
+    box.press("Enter")
+    expect(turns).to_have_count(2)
+    expect(chat).to_have_attribute("data-busy", "false", timeout=60_000)
+    notes = turns.locator(".course-chat-answer > .course-note").all_inner_texts()
+    assert notes
+    assert all("tokens/s" in note for note in notes), notes

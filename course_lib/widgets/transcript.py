@@ -100,7 +100,7 @@ class Transcript:
 _STYLE = """<style>
 .course-transcript table {border-collapse: collapse; width: 100%; margin: 8px 0; font-size: 13px}
 .course-transcript tbody tr:nth-child(n) {background: none}
-.course-transcript :is(td, th) {border: 0; padding: 6px 16px 6px 0; text-align: left; vertical-align: top; white-space: normal;
+.course-transcript.course-transcript :is(td, th) {border: 0; padding: 6px 16px 6px 0; text-align: left; vertical-align: top; white-space: normal;
  overflow-wrap: anywhere; line-height: 1.5}
 .course-transcript tbody tr:nth-child(odd) td {border-top: 1px solid color-mix(in srgb, currentColor 25%, transparent)}
 .course-transcript pre {white-space: pre-wrap; margin: 4px 0; font-size: 12px; background: none}

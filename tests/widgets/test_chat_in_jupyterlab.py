@@ -323,3 +323,14 @@ def test_it_draws_in_both_themes_without_a_serious_fault(
         assert ground != ink
         one.button("Stop").click()
         one.wait_until_done()
+
+
+def test_a_transcript_in_a_cell_is_set_from_the_left(lab: JupyterLab, browser: Browser) -> None:
+    ask = 'two = ChatWidget({"before": scripted("I am Elena."), "after": scripted("I am Ada\'s.")})\ntwo.ask("Who are you?")'
+    lab.write("kept.ipynb", SETUP, ask, "two.transcript()")
+    with new_page(browser) as page:
+        lab.open(page, "kept.ipynb")
+        run_all(page)
+        cells = page.locator(".course-transcript :is(th, td)")
+        assert cells.all_inner_texts() == ["before", "after", "You: Who are you?", "I am Elena.", "I am Ada's."]
+        assert set(cells.evaluate_all("all => all.map((cell) => getComputedStyle(cell).textAlign)")) == {"left"}
