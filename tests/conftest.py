@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
 REAL_DATA = Path(os.environ.get("COURSE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
@@ -92,6 +93,14 @@ def lab(browser: Browser, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A JupyterLab of its own, whose kernels find the tiny model."""
     with jupyter_lab(tmp_path_factory.mktemp("lab")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Path:
+    """Where screenshots are kept: the folder that CI or a maintainer names, else work_dirs/screenshots."""
+    folder = Path(os.environ.get("COURSE_SCREENSHOTS", ROOT / "work_dirs" / "screenshots")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @pytest.fixture

@@ -75,9 +75,19 @@ def wait_until_idle(page: Page) -> None:
 
 def run_all(page: Page, *, seconds: float = 120) -> None:
     """Run > Run All Cells, to its end; an exception in a cell is an AssertionError here."""
+    start_all(page)
+    wait_until_run(page, seconds=seconds)
+
+
+def start_all(page: Page) -> None:
+    """Run > Run All Cells; does not wait."""
     page.evaluate(
         "() => { window.ran = undefined; window.jupyterapp.commands.execute('notebook:run-all-cells').then((well) => { window.ran = well === true; }); }"
     )
+
+
+def wait_until_run(page: Page, *, seconds: float = 120) -> None:
+    """Wait until all cells that `start_all` started have run."""
     page.wait_for_function("window.ran !== undefined", timeout=1000 * seconds)
     if not page.evaluate("window.ran"):  # the cells after the one that raised were not run, so its output is the last
         raise AssertionError(page.locator(".jp-OutputArea-output").last.inner_text()[-1500:])

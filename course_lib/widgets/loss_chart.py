@@ -16,7 +16,10 @@ _SECONDS_BETWEEN_UPDATES = 0.2  # a trait change is a message to the browser: fi
 
 
 class LossChart(CourseWidget):
-    """Show it in a cell, then give it to `train(..., listeners=[chart])`. Interrupting the kernel saves a checkpoint and ends the run."""
+    """Show it in a cell, then give it to `train(..., listeners=[chart])`.
+
+    Its Pause button freezes the drawing alone: the run goes on. Interrupting the kernel saves a checkpoint and ends the run.
+    """
 
     _esm = script("loss_chart.js")
 

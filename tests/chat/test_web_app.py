@@ -230,7 +230,13 @@ def address(running: Running) -> Iterator[str]:
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_chat_in_a_browser(
-    chromium: Any, running: Running, loaded: tuple[Any, Any], address: str, scheme: Any, tmp_path: Path
+    chromium: Any,
+    running: Running,
+    loaded: tuple[Any, Any],
+    address: str,
+    scheme: Any,
+    pictures: Path,
+    tmp_path: Path,
 ) -> None:
     """An answer streams in, Stop stops it, the transcript is what was said; nobody else is contacted; axe finds no serious fault."""
     context = chromium.new_context(color_scheme=scheme, viewport={"width": 1100, "height": 800})
@@ -259,8 +265,7 @@ def test_a_chat_in_a_browser(
         page.get_by_role("button", name="Stop").wait_for(state="hidden")
     written = messages.nth(3).inner_text()
     assert "on and on on and" in written
-    if shots := os.environ.get("COURSE_SCREENSHOTS"):
-        page.screenshot(path=Path(shots) / f"web_app_{scheme}.png")
+    page.screenshot(path=pictures / f"web_app_{scheme}.png")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download transcript").click()
     download.value.save_as(tmp_path / "transcript.jsonl")
@@ -276,8 +281,7 @@ def test_a_chat_in_a_browser(
     _ask_an_agent(page, loaded)
     page.get_by_text("Call: calculator").wait_for()
     assert _serious_faults(page) == []
-    if shots := os.environ.get("COURSE_SCREENSHOTS"):
-        page.screenshot(path=Path(shots) / f"web_app_agent_{scheme}.png")
+    page.screenshot(path=pictures / f"web_app_agent_{scheme}.png")
     assert (hosts, errors) == ({"127.0.0.1"}, [])
     context.close()
 

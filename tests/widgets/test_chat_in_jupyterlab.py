@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,14 +60,6 @@ while time.time() < end:
     sum(range(1000))
 print("ended")
 """
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Path:
-    """Where screenshots go: a folder that CI or a maintainer names, else one that is thrown away with the test's files."""
-    folder = Path(os.environ.get("COURSE_SCREENSHOTS", "work_dirs/screenshots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

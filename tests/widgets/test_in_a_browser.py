@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from course_lib.widgets.loss_chart import LossChart
 from course_lib.widgets.mask_view import MaskView
 from course_lib.widgets.memory_planner import MemoryPlanner
 from course_lib.widgets.packing_view import PackingView
 
 pytestmark = pytest.mark.browser
-KINDS = (MaskView, PackingView, MemoryPlanner)
+KINDS = (MaskView, PackingView, MemoryPlanner, LossChart)
 HOSTILE = "<script>window.hurt=1</script><img src=x onerror=window.hurt=1>\"'"
 OFFLINE = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 
@@ -352,3 +353,61 @@ def test_the_planner_stays_inside_its_cell(drive: Callable, width: int) -> None:
     )
     assert seen["beyond"] <= 0
     assert 0 <= seen["left"] < seen["right"] <= seen["ends"] <= width
+
+
+def test_pause_freezes_the_drawing_and_resume_draws_all_that_came(drive: Callable) -> None:
+    chart = LossChart(points=[[1, 3.0], [2, 2.5]], held_out=[[0, 3.5]], total_steps=4, status="step 2 of 4")
+    seen = drive(
+        chart,
+        """const button = one("button"), views = [];
+        const look = () => views.push({ note: text(".course-note")[0], said: text("[role=status]")[0], button: button.textContent,
+          line: one("polyline").getAttribute("points").split(" ").length, squares: all("rect.held-out").length,
+          focused: document.activeElement === button });
+        const come = (step) => {
+          model.set("points", [...model.get("points"), [step, 2]]);
+          model.set("held_out", [...model.get("held_out"), [step, 2]]);
+          model.set("status", `step ${step} of 4`);
+        };
+        button.focus();
+        look(); button.click(); look(); come(3); look(); button.click(); look(); come(4); look();
+        return { views, saved: model.saved };""",
+    )
+    key = " (line: training rows; squares: held-out rows)"
+    frozen = {"note": f"paused at step 2{key}", "said": f"paused at step 2{key}", "button": "Resume"}
+    assert seen["views"] == [
+        {"note": f"step 2 of 4{key}", "said": "", "button": "Pause", "line": 2, "squares": 1, "focused": True},
+        {**frozen, "line": 2, "squares": 1, "focused": True},
+        {**frozen, "line": 2, "squares": 1, "focused": True},
+        {
+            "note": f"step 3 of 4{key}",
+            "said": f"step 3 of 4{key}",
+            "button": "Pause",
+            "line": 3,
+            "squares": 2,
+            "focused": True,
+        },
+        {
+            "note": f"step 4 of 4{key}",
+            "said": f"step 3 of 4{key}",
+            "button": "Pause",
+            "line": 4,
+            "squares": 3,
+            "focused": True,
+        },
+    ]
+    assert seen["saved"] == 0  # Python is told nothing
+    assert seen["listeners"] == 0
+
+
+def test_a_chart_can_be_paused_before_the_first_step(drive: Callable) -> None:
+    seen = drive(
+        LossChart(),
+        """const notes = text(".course-note");
+        one("button").click();
+        model.set("points", [[1, 2]]);
+        notes.push(...text(".course-note"), all("svg").length);
+        one("button").click();
+        return { notes, drawn: all("svg").length };""",
+    )
+    assert seen["notes"] == ["waiting for the first step", "paused before the first step", 0]
+    assert seen["drawn"] == 1
