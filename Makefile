@@ -12,7 +12,7 @@ SANITIZE := tests/nbval_sanitize.cfg
 quickstart: .venv/.base
 	$(BIN)/course quickstart $(if $(NAME),--name "$(NAME)")
 
-lab: .venv/.dev
+lab: .venv/.lab
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
 test: lint
@@ -43,6 +43,10 @@ lint: .venv/.dev
 
 .venv/.base: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/.lab: .venv/.base
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,app,mcp]'
 	touch $@
 
 .venv/.dev: .venv/.base

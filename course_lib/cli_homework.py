@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from course_lib.errors import InputError
+from course_lib.errors import InputError, install_extra
 from course_lib.files import read_text
 
 homework_app = typer.Typer(no_args_is_help=True, help="Hand out, collect and grade homework.")
@@ -31,7 +31,7 @@ def check_installed() -> None:
     """Hand out, collect and grade homework."""
     missing = [module for module in ("nbgrader", "nbformat", "nbclient", "ipykernel") if find_spec(module) is None]
     if missing:
-        raise InputError(f"homework needs {', '.join(missing)}; install it: pip install 'course-lib[homework]'")
+        raise InputError(f"homework needs {', '.join(missing)}; {install_extra('homework')}")
 
 
 @homework_app.command()

@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from course_lib.errors import InputError
+from course_lib.errors import InputError, install_extra
 
+WAITING = 32  # clients in line
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 KeyOption = Annotated[
     str | None, typer.Option("--api-key", envvar="COURSE_API_KEY", show_envvar=True, help="what clients must send")
@@ -32,7 +33,7 @@ def serve(
     api_key: KeyOption = None,
     waiting: Annotated[
         int, typer.Option(min=0, help="clients that may wait in line; more are told to come again")
-    ] = 32,
+    ] = WAITING,
     engine: Annotated[str, typer.Option(help="course, or vllm where it is installed")] = "course",
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="vllm: GPUs a layer is split over")] = 1,
     data_parallel_size: Annotated[int, typer.Option(min=1, help="vllm: copies of the model")] = 1,
@@ -45,6 +46,8 @@ def serve(
         raise InputError(f"--engine {engine}: choose course or vllm")
     if engine == "course" and max(tensor_parallel_size, data_parallel_size) > 1:
         raise InputError("--tensor-parallel-size and --data-parallel-size are for --engine vllm")
+    if engine == "vllm" and waiting != WAITING:
+        raise InputError(f"--waiting {waiting}: is for --engine course; vLLM has its own queue")
     if bits not in (None, 4, 8):
         raise InputError(f"--bits {bits}: choose 4 or 8")
     api_key = _checked_key(api_key)
@@ -77,6 +80,7 @@ def serve(
             adapter=adapter,
             bits=bits,
             template=template,
+            trust_remote_code=trust_remote_code,
             tensor_parallel_size=tensor_parallel_size,
             data_parallel_size=data_parallel_size,
         )
@@ -117,7 +121,7 @@ def app(
     api_key = _checked_key(api_key)
     listen = _import_listen()
     if not all(map(_is_installed, ("streamlit", "openai"))):
-        raise InputError("the web app needs streamlit and openai; install them: pip install 'course-lib[app]'")
+        raise InputError(f"the web app needs streamlit and openai; {install_extra('app')}")
     from course_lib.chat.api_client import check_url
     from course_lib.chat.web_app import end_on_sigterm, run_page, started_server
 
@@ -147,7 +151,7 @@ def _import_listen():
     try:
         from course_lib.chat import listen
     except ImportError as error:
-        raise InputError(f"serving needs {error.name}; install it: pip install 'course-lib[serve]'") from None
+        raise InputError(f"serving needs {error.name}; {install_extra('serve')}") from None
     return listen
 
 

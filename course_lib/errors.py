@@ -22,6 +22,11 @@ class InputError(CourseError):
     exit_code = 2
 
 
+def install_extra(extra: str) -> str:
+    """How to install what an extra of this project brings, at the versions it is tested with."""
+    return f"in the project's folder, pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Name the nearest known names: `'; did you mean a, b?'`, or `''` when nothing is near."""
     by_lower_case = {candidate.lower(): candidate for candidate in known}

@@ -150,7 +150,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """The installed chromium; the test is skipped where there is none, or no Playwright to drive it."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'course-lib[dev]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make .venv/.dev")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no chromium on this machine")
@@ -175,9 +175,7 @@ def new_page(browser: Browser, width: int = 1280, height: int = 1000) -> Iterato
 
 def serious_faults(page: Page, selector: str) -> list[str]:
     """What axe-core finds within `selector` and calls serious or critical, one line each; skips where axe is not installed."""
-    axe = pytest.importorskip(
-        "axe_playwright_python.base", reason="needs axe-playwright-python: pip install 'course-lib[dev]'"
-    )
+    axe = pytest.importorskip("axe_playwright_python.base", reason="needs axe-playwright-python: make .venv/.dev")
     page.evaluate(axe.AXE_SCRIPT)
     found = page.evaluate("selector => axe.run(selector)", selector)
     assert found["passes"], f"axe looked at nothing: is {selector} there?"

@@ -33,6 +33,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         (["--engine", "vlm"], "--engine vlm: choose course or vllm"),
         (["--engine", "vllm"], "--engine vllm: vLLM is not installed here; pip install vllm"),
         (["--tensor-parallel-size", "2"], "are for --engine vllm"),
+        (["--engine", "vllm", "--waiting", "3"], "--waiting 3: is for --engine course"),
         (["--bits", "5"], "--bits 5: choose 4 or 8"),
         (["--adapter", "nowhere"], "nowhere: no such folder"),
         (["--template", "chatlm"], "did you mean chatglm3, chatml?"),
@@ -59,8 +60,16 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(course: Course) -> Non
 @pytest.mark.parametrize(
     ("module", "command", "says"),
     [
-        ("uvicorn", "serve", "serving needs uvicorn; install it: pip install 'course-lib[serve]'"),
-        ("streamlit", "app", "the web app needs streamlit and openai; install them: pip install 'course-lib[app]'"),
+        (
+            "uvicorn",
+            "serve",
+            "serving needs uvicorn; in the project's folder, pip install -c constraints.txt -e '.[serve]'",
+        ),
+        (
+            "streamlit",
+            "app",
+            "the web app needs streamlit and openai; in the project's folder, pip install -c constraints.txt -e '.[app]'",
+        ),
     ],
 )
 def test_what_is_not_installed_is_told_in_one_line(
@@ -174,13 +183,15 @@ def test_vllm_gets_model_adapter_and_gpus_and_the_key_unseen(tiny: Path, tmp_pat
     )
     command = [sys.executable, "-m", "course_lib.cli", "serve", str(tiny), "--engine", "vllm", "--port", "0"]
     command += ["--adapter", str(tmp_path / "mine"), "--template", "chatml", "--bits", "4"]
-    command += ["--tensor-parallel-size", "2", "--data-parallel-size", "4"]
+    command += ["--tensor-parallel-size", "2", "--data-parallel-size", "4", "--trust-remote-code"]
     paths = os.pathsep.join([str(tmp_path / "stand_in"), *sys.path])
     environment = os.environ | {"COURSE_API_KEY": "secret", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     arguments, key = json.loads(done.stdout)
     assert (arguments[:2], key) == (["serve", str(tiny)], "secret")
-    options = dict(zip(*[iter(arg for arg in arguments[2:] if arg != "--enable-lora")] * 2, strict=True))
+    flags = {"--enable-lora", "--trust-remote-code"}
+    assert flags <= set(arguments)
+    options = dict(zip(*[iter(arg for arg in arguments[2:] if arg not in flags)] * 2, strict=True))
     assert (options["--tensor-parallel-size"], options["--data-parallel-size"]) == ("2", "4")
     assert options["--lora-modules"] == f"tiny+mine={tmp_path / 'mine'}"
     assert options["--max-lora-rank"] == "16"

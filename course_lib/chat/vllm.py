@@ -26,6 +26,7 @@ def vllm_command(
     adapter: Path | None = None,
     bits: int | None = None,
     template: str = "auto",
+    trust_remote_code: bool = False,
     tensor_parallel_size: int = 1,
     data_parallel_size: int = 1,
 ) -> list[str]:
@@ -62,6 +63,8 @@ def vllm_command(
         command += ["--quantization", "bitsandbytes"]
     if template != "auto":
         command += ["--chat-template", str(TEMPLATE_FOLDER / f"{named_template(template).name}.jinja")]
+    if trust_remote_code:
+        command.append("--trust-remote-code")
     return command
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from course_lib.errors import CourseError, InputError
+from course_lib.errors import CourseError, InputError, install_extra
 from course_lib.export.secrets import check_no_secrets
 from course_lib.export.upload import Upload
 from course_lib.fetch import hub_bars
@@ -106,7 +106,7 @@ def publish_modelscope(upload: Upload, repository: str, *, private: bool = False
     try:
         from modelscope import HubApi
     except ImportError as error:
-        raise InputError("publishing to ModelScope needs its package: pip install 'course-lib[modelscope]'") from error
+        raise InputError(f"publishing to ModelScope needs its package; {install_extra('modelscope')}") from error
     token = _variable(
         "MODELSCOPE_API_TOKEN", "no ModelScope token: set MODELSCOPE_API_TOKEN to one from your account's page"
     )

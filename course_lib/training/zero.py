@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from course_lib.errors import InputError, did_you_mean
+from course_lib.errors import InputError, did_you_mean, install_extra
 from course_lib.files import read_json
 from course_lib.training.distributed import process_count
 from course_lib.training.parts import part_of
@@ -130,7 +130,7 @@ def _deepspeed() -> Any:
     try:
         import deepspeed
     except ImportError:
-        raise InputError("--deepspeed: DeepSpeed is not installed; run: pip install 'course-lib[deepspeed]'") from None
+        raise InputError(f"--deepspeed: DeepSpeed is not installed; {install_extra('deepspeed')}") from None
     for handler in logging.getLogger("DeepSpeed").handlers:  # it logs where results go
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)

@@ -487,7 +487,7 @@ def test_modelscope_without_its_package(run: Path, course: Course, monkeypatch: 
     monkeypatch.setitem(__import__("sys").modules, "modelscope", None)
     ended = publish(course, run / "adapter", place="modelscope")
     assert ended.returncode == 2
-    assert "pip install 'course-lib[modelscope]'" in ended.stderr
+    assert "pip install -c constraints.txt -e '.[modelscope]'" in ended.stderr
     ended = publish(course, run / "adapter", "--app", "gradio", place="modelscope")
     assert ended.returncode == 2
 

@@ -145,4 +145,6 @@ def test_without_the_extra_a_command_says_what_to_install(course: Course, monkey
     monkeypatch.setattr("course_lib.cli_homework.find_spec", lambda module: None if module == "nbgrader" else module)
     done = course("homework", "release", "hw01")
     assert done.returncode == 2
-    assert done.stderr == "course: homework needs nbgrader; install it: pip install 'course-lib[homework]'\n"
+    assert done.stderr == (
+        "course: homework needs nbgrader; in the project's folder, pip install -c constraints.txt -e '.[homework]'\n"
+    )
