@@ -430,7 +430,8 @@ def test_twenty_clients_at_once_get_their_own_answers(loaded: tuple[Any, Any]) -
         with ThreadPoolExecutor(20) as pool:
             assert list(pool.map(client, range(20))) == alone
         assert len(set(alone)) == 20
-        assert (running.queue._here, running.queue._answers) == (0, set())
+        # the last client has its answer a moment before the server has put its place back
+        assert eventually(lambda: (running.queue._here, running.queue._answers) == (0, set()))
 
 
 def _question(number: int) -> list[dict[str, str]]:

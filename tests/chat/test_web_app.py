@@ -76,10 +76,12 @@ def test_a_conversation_goes_on_and_is_kept(page: Callable[..., Any], loaded: tu
             "hello",
             "a \\![picture](http://evil.example/x.png)",
         ]
+        assert eventually(lambda: len(running.lines) == 1)  # written a moment after the answer is there
         first = int(running.lines[-1].split()[0])
         with model_says(loaded, "again"):
             shown.chat_input[0].set_value("and?").run()
         assert [message.markdown[0].value for message in shown.chat_message][2:] == ["and?", "again"]
+        assert eventually(lambda: len(running.lines) == 2)
         assert int(running.lines[-1].split()[0]) > first  # the history went along
 
 
