@@ -46,12 +46,7 @@ def chat_as_agent(
     """Chat with an agent; wrong options are told before the model is loaded."""
     from course_lib.adapter_record import recorded_protocol
     from course_lib.agent.runner import agent_of
-    from course_lib.agent.terminal import (
-        agent_once,
-        agent_terminal,
-        check_options,
-        open_tools,
-    )
+    from course_lib.agent.terminal import agent_once, agent_terminal, check_options, open_tools
 
     check_options(protocol, max_turns)
     with open_tools(tools, mcp) as opened:

@@ -37,7 +37,7 @@ RULES = {
 }
 PLUGIN_EVERY, TEXT_EVERY = 5, 8  # rows with the tools in MSAgent's other form, and with the conversation as text
 ALL_EVERY, LISTED = 4, 3
-QUESTIONS = {"train": 540, "test": None}  # four minutes of training on two cores
+QUESTIONS = {"train": 540, "test": None}  # training on about 74,000 tokens
 A_ROW = {"train": 3, "test": 1}
 FIRST_MOMENT = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
@@ -73,8 +73,8 @@ def _turns(source: dict[str, Any], split: str) -> Iterator[_Turn]:
     for name, task in tasks.items():
         for language in ("en", "zh"):
             wordings = task.get(language, {}).get(split, [])
-            repeats = task.get("repeats", {}).get(split, 1)
-            for number in range(len(wordings) * (repeats[language] if isinstance(repeats, dict) else repeats)):
+            repeats = task.get("repeats", {}).get(split, {}).get(language, 1)
+            for number in range(len(wordings) * repeats):
                 asked = _asked(name, task, values, language, split, number)
                 yield _Turn(language, asked.question, f"{asked.call}\n{asked.answer}")
     for number, pair in enumerate(source["pairs"]):
